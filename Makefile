@@ -1,0 +1,31 @@
+# make run · make test · make lint. Each line is a command a person could type.
+VENV ?= .venv
+PYTHON ?= python3
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+export DO_NOT_TRACK = 1
+export HF_HUB_OFFLINE ?= 1
+export MPLBACKEND = Agg
+
+.PHONY: run test lint clean
+run: $(VENV)/.installed ## data, training, evaluation, report
+	@dvc repro --pull
+	@easyref summary
+
+test: $(VENV)/.installed ## the tests
+	OMP_NUM_THREADS=1 python -m pytest
+
+lint: $(VENV)/.installed
+	ruff check && ruff format --check && mypy
+
+# uv when it can be had (seconds), pip otherwise (minutes)
+$(VENV)/.installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	@if python -m pip install --quiet uv; then \
+	  UV_FIND_LINKS="$${PIP_FIND_LINKS:-}" uv pip install --quiet -r requirements.lock && uv pip install --quiet --no-deps -e .; \
+	else \
+	  python -m pip install --quiet -r requirements.lock && python -m pip install --quiet --no-deps -e .; \
+	fi
+	@touch $@
+
+clean: ## what `make run` makes, and the environment
+	rm -rf $(VENV) .work out

@@ -1,0 +1,189 @@
+"""The verbs of easyref. Only typer is imported here; everything heavy inside the commands.
+
+A verb that is also a stage has the name of its DVC stage and of its section in params.yaml.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Several reference images and a prompt in, a new image that keeps what they have in common out.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+)  # fmt: skip
+
+DATA, MODELS = Path("data"), Path("models")
+WORK = Path(".work")
+ParamsFile = Annotated[Path, typer.Option("--params", help="Parameter file.")]
+PARAMS = Path("params.yaml")
+
+
+@app.command()
+def ingest(params: ParamsFile = PARAMS) -> None:
+    """Images of the source → tar shards and images.parquet."""
+    from easyref.config import load_params
+    from easyref.data.ingest import ingest as run
+
+    counts = run(load_params(params), DATA / "images")
+    print(", ".join(f"{v} {k.replace('_', ' ')}" for k, v in counts.items()))
+
+
+@app.command()
+def group(params: ParamsFile = PARAMS) -> None:
+    """Which images share something → groups.parquet."""
+    from easyref.config import load_params
+    from easyref.data.group import group_images
+    from easyref.data.shards import ImageStore
+    from easyref.records import write_table
+
+    table = group_images(ImageStore(DATA / "images").table, load_params(params).group)
+    write_table(DATA / "groups" / "groups.parquet", table)
+    print(f"{len(table)} groups: " + ", ".join(f"{k} {n}" for k, n in sorted(table["kind"].value_counts().iter_rows())))
+
+
+@app.command()
+def split(params: ParamsFile = PARAMS) -> None:
+    """Held-out, held-in and training groups, leave-one-out samples."""
+    from easyref.config import load_params
+    from easyref.data.shards import ImageStore
+    from easyref.data.split import split_images
+    from easyref.records import atomic_folder, read_table, write_table
+
+    values = load_params(params)
+    groups = read_table(DATA / "groups" / "groups.parquet")
+    tables = split_images(ImageStore(DATA / "images"), groups, values.split, values.seed)
+    with atomic_folder(DATA / "split") as folder:
+        for name, table in tables.items():
+            write_table(folder / f"{name}.parquet", table)
+    print(", ".join(f"{k} {n}" for k, n in sorted(tables["images"]["split"].value_counts().iter_rows())))
+
+
+@app.command()
+def base(params: ParamsFile = PARAMS) -> None:
+    """The frozen base models: trained here (nano) or pulled from the hub at pinned revisions (sdxl)."""
+    from easyref.config import load_params
+    from easyref.training.base import base as run
+
+    run(load_params(params), DATA, MODELS / "base", WORK / "base")
+
+
+def _stage(name: str, params: Path) -> None:
+    from easyref.config import load_params
+    from easyref.training.stages import run_stage
+
+    run_stage(load_params(params), name, DATA, MODELS, MODELS / name, WORK)
+
+
+@app.command()
+def pretrain(params: ParamsFile = PARAMS) -> None:
+    """Stage 1, alignment: the target is its own reference."""
+    _stage("pretrain", params)
+
+
+@app.command("finetune_single")
+def finetune_single(params: ParamsFile = PARAMS) -> None:
+    """Stage 2: single reference, the whole MLLM and LoRA train too."""
+    _stage("finetune_single", params)
+
+
+@app.command("finetune_multi")
+def finetune_multi(params: ParamsFile = PARAMS) -> None:
+    """Stage 3: one image of a group is the target, the others are the references."""
+    _stage("finetune_multi", params)
+
+
+@app.command()
+def evaluate(params: ParamsFile = PARAMS) -> None:
+    """Right, shuffled and no references on held-out and held-in groups → metrics, report and the picture that proves it."""
+    from easyref.config import load_params
+    from easyref.evaluation.stage import evaluate_stage
+
+    evaluate_stage(load_params(params), DATA, MODELS, Path(), WORK / "evaluate")
+
+
+@app.command()
+def summary() -> None:
+    """The last evaluation in three lines, and where its report and picture are."""
+    from easyref.evaluation.stage import summary as text
+
+    print(text(Path()))
+
+
+@app.command()
+def generate(
+    ref: Annotated[list[Path], typer.Option("--ref", help="A reference image; repeat for more.")],
+    prompt: Annotated[str, typer.Option(help="What to draw.")] = "",
+    negative_prompt: Annotated[str, typer.Option(help="What to avoid.")] = "",
+    model: Annotated[Path, typer.Option(help="Checkpoint folder.")] = MODELS / "finetune_multi",
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
+    num: Annotated[int, typer.Option(min=1, max=64, help="Images to make, with seeds seed, seed+1 …")] = 1,
+    steps: Annotated[int, typer.Option(min=1, max=1000)] = 30,
+    guidance: Annotated[float, typer.Option(min=1.0, max=50.0)] = 3.0,
+    scale: Annotated[float, typer.Option(min=0.0, max=10.0, help="Strength of the references.")] = 1.0,
+    out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("out"),
+) -> None:
+    """New images that keep what the references have in common."""
+    from easyref.images import open_image, to_png
+
+    references = [open_image(path) for path in ref]
+    from easyref.model.weights import read_config
+    from easyref.pipeline import EasyRef, Request
+    from easyref.progress import track
+    from easyref.records import write_bytes
+
+    limit = read_config(model).reference.max_references
+    if len(references) > limit:
+        raise ValueError(f"{len(references)} references, the model takes at most {limit}; give fewer --ref")
+    easyref = EasyRef.from_pretrained(model)
+    easyref.check_prompt(prompt)
+    images = []
+    for start in track(range(seed, seed + num, 8), "generate", -(-num // 8), "batches"):
+        requests = [Request(prompt, references, s, negative_prompt) for s in range(start, min(start + 8, seed + num))]
+        images += easyref(requests, steps, guidance, scale)
+    for number, image in enumerate(images):
+        path = out / f"{seed + number}.png"
+        write_bytes(path, to_png(image))
+        print(path)
+
+
+@app.command()
+def preset(name: str, params: ParamsFile = PARAMS) -> None:
+    """Put a preset in force: copy presets/NAME.yaml to params.yaml."""
+    from easyref.config import load_params
+    from easyref.records import write_bytes
+
+    path = _preset(name)
+    load_params(path)
+    write_bytes(params, path.read_bytes())
+    print(f"{params}: preset {name}")
+
+
+def _preset(name: str) -> Path:
+    path = Path("presets") / f"{name}.yaml"
+    if not path.exists():
+        known = ", ".join(sorted(p.stem for p in Path("presets").glob("*.yaml")))
+        raise ValueError(f"preset {name!r}: not found; known presets here: {known or 'none (run in the project folder)'}")
+    return path
+
+
+def main() -> None:
+    """Entry point: a wrong input is one line on stderr and exit code 2; Ctrl-C is 130; anything else shows its trace."""
+    try:
+        app()
+    except (ValueError, FileNotFoundError, RuntimeError, FloatingPointError) as error:
+        if "EASYREF_DEBUG" in os.environ:
+            raise
+        print(f"easyref: {str(error).splitlines()[0]}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("easyref: stopped; the same command goes on where it was", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

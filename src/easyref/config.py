@@ -1,0 +1,261 @@
+"""Typed, complete parameters: one section per stage. The only reader of params.yaml and presets/*.yaml.
+
+No field has a default: a file is complete or it is an error that names the key, the value and the fix.
+Work is counted in images, never in steps, so batch size and the number of processes change nothing else.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+Share = Field(ge=0.0, le=1.0)
+Rate = Field(gt=0.0, lt=1.0)
+
+
+class ConfigError(ValueError):
+    """A wrong parameter; the message is one line."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Ingest(Section):
+    source: Literal["emoji", "folder"]
+    path: str | None  # of a folder source
+    size: PositiveInt  # pixels a side
+    palette: int = Field(ge=2, le=256)  # PNG colours
+
+    @model_validator(mode="after")
+    def _path(self) -> Ingest:
+        if (self.source == "folder") != (self.path is not None):
+            raise ValueError("path belongs to source: folder; give both or neither (path: null)")
+        return self
+
+
+class Group(Section):
+    kinds: list[Literal["subject", "person", "style"]]
+    min_members: int = Field(ge=2)
+    min_styles: int = Field(ge=2)  # a subject group spans at least so many styles
+
+
+class Split(Section):
+    held_out_share: float = Share  # of the concepts
+    held_out_groups: PositiveInt
+    held_in_groups: PositiveInt
+    samples_per_group: PositiveInt  # leave-one-out samples of a held-out or held-in group
+    max_references: PositiveInt
+    near_duplicate_distance: float = Field(ge=0)  # root mean square difference of 16×16 thumbnails, of 255
+
+
+class Optimisation(Section):
+    """One training run. The learning rate is constant after `warmup_images`, then falls to zero over `cooldown_images`."""
+
+    images: PositiveInt  # training length, in images seen
+    batch: PositiveInt  # images an update
+    microbatch: PositiveInt  # images at once in memory
+    learning_rate: float = Rate
+    weight_decay: float = Field(ge=0)
+    warmup_images: int = Field(ge=0)
+    cooldown_images: int = Field(ge=0)
+    ema_images: int = Field(ge=0)  # half-life of the weight average, 0: none
+    save_images: PositiveInt  # a checkpoint every so many images
+
+    @model_validator(mode="after")
+    def _divide(self) -> Optimisation:
+        if self.batch % self.microbatch:
+            raise ValueError(f"microbatch {self.microbatch} does not divide batch {self.batch}; use a divisor")
+        if self.warmup_images + self.cooldown_images > self.images:
+            raise ValueError("warmup_images + cooldown_images is more than images; shorten them")
+        return self
+
+
+class VAE(Optimisation):
+    channels: list[PositiveInt]
+    layers: PositiveInt
+    latent_channels: PositiveInt
+    kl_weight: float = Field(ge=0)
+    edge_weight: float = Field(ge=0)
+
+
+class TextToImage(Optimisation):
+    channels: list[PositiveInt]
+    layers: PositiveInt
+    transformer_layers: list[PositiveInt]
+    head_dim: PositiveInt
+    text_width: PositiveInt  # of each of the two text encoders
+    text_layers: PositiveInt
+    text_tokens: PositiveInt
+    vocabulary: PositiveInt
+    drop_text: float = Share
+    drop_label: float = Share  # each label of a caption is left out with this probability
+    min_snr: float | None
+
+
+class Captioning(Optimisation):
+    vocabulary: PositiveInt
+    width: PositiveInt
+    intermediate: PositiveInt
+    layers: PositiveInt
+    heads: PositiveInt
+    kv_heads: PositiveInt
+    vision_width: PositiveInt
+    vision_layers: PositiveInt
+    vision_heads: PositiveInt
+    patch: PositiveInt
+    several_images: float = Share  # share of "what do these images have in common" samples
+    max_images: PositiveInt
+
+
+class Base(Section):
+    """The frozen base models: trained here (`train`) or pulled from the hub at pinned revisions (`hub`)."""
+
+    source: Literal["train", "hub"]
+    diffusion_id: str | None
+    diffusion_revision: str | None
+    mllm_id: str | None
+    mllm_revision: str | None
+    vae: VAE | None
+    text_to_image: TextToImage | None
+    captioning: Captioning | None
+
+    @model_validator(mode="after")
+    def _source(self) -> Base:
+        hub = (self.diffusion_id, self.diffusion_revision, self.mllm_id, self.mllm_revision)
+        trained = (self.vae, self.text_to_image, self.captioning)
+        given, empty, names = (
+            (hub, trained, "diffusion_id, diffusion_revision, mllm_id, mllm_revision")
+            if self.source == "hub"
+            else (trained, hub, "vae, text_to_image, captioning")
+        )
+        if any(v is None for v in given) or any(v is not None for v in empty):
+            raise ValueError(f"source {self.source} needs exactly {names}; set the others to null")
+        return self
+
+
+class Reference(Section):
+    """The reference encoder (method.md §1). `paper` = (false, bidirectional, mrope), `released` = (true, causal, sequential)."""
+
+    num_tokens: PositiveInt
+    prefix_final_norm: bool
+    final_layer_attention: Literal["bidirectional", "causal"]
+    positions: Literal["mrope", "sequential"]
+    instruction: str
+    min_pixels: PositiveInt
+    max_pixels: PositiveInt
+    max_references: PositiveInt
+
+
+class Stage(Optimisation):
+    """One of the three training stages (method.md §4); what each one trains stands in training/stages.py."""
+
+    new_part_rate: float = Field(ge=1.0)  # learning-rate factor of reference tokens, projector and K_ref/V_ref
+    lora_rank: int = Field(ge=0)
+    drop_image: float = Share
+    drop_text: float = Share
+    drop_both: float = Share
+    hide_labels: float = Share  # share of prompts that leave out what the references show
+    max_references: PositiveInt
+    truncate: float = Share  # probability of keeping a random 2..R-1 of R > 2 references
+    precision: Literal["fp32", "bf16"]
+
+    @model_validator(mode="after")
+    def _drops(self) -> Stage:
+        if self.drop_image + self.drop_text + self.drop_both > 1:
+            raise ValueError("drop_image + drop_text + drop_both is more than 1; lower them")
+        return self
+
+
+class Evaluate(Section):
+    steps: PositiveInt
+    guidance: float = Field(ge=1.0)
+    scale: float = Field(ge=0.0)
+    batch: PositiveInt
+    held_out_samples: PositiveInt
+    held_in_samples: PositiveInt
+    grid_rows: PositiveInt
+    bootstrap: PositiveInt
+
+
+class Params(Section):
+    preset: str
+    seed: int = Field(ge=0)
+    threads: int = Field(ge=0)  # of torch, 0: all cores
+    ingest: Ingest
+    group: Group
+    split: Split
+    base: Base
+    reference: Reference
+    pretrain: Stage
+    finetune_single: Stage
+    finetune_multi: Stage
+    evaluate: Evaluate
+
+    @model_validator(mode="after")
+    def _together(self) -> Params:
+        for name in ("pretrain", "finetune_single", "finetune_multi"):
+            stage: Stage = getattr(self, name)
+            if stage.max_references > self.reference.max_references:
+                raise ValueError(
+                    f"{name}.max_references {stage.max_references} is over reference.max_references "
+                    f"{self.reference.max_references}; lower it"
+                )
+        if self.reference.min_pixels > self.reference.max_pixels:
+            raise ValueError("reference.min_pixels is over reference.max_pixels; swap them")
+        return self
+
+
+def load_params(path: str | Path = "params.yaml") -> Params:
+    """Read and check a parameter file.
+
+    Raises:
+        ConfigError: one line with the key, the value and the fix.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such parameter file; run in the project folder, or `easyref preset nano`")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        raise ConfigError(f"{path}: not valid YAML{f' at line {where.line + 1}' if where else ''}; fix the indentation") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected sections of parameters, found {type(values).__name__}")
+    return parse_params(values, str(path))
+
+
+def parse_params(values: dict[str, Any], where: str = "parameters") -> Params:
+    try:
+        return Params.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_one_line(error, values)}") from error
+
+
+def _one_line(error: ValidationError, values: dict[str, Any]) -> str:
+    first = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")[0]
+    key = ".".join(str(part) for part in first["loc"]) or "parameters"
+    value = first["input"]
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(first["loc"][:-1])
+        close = difflib.get_close_matches(str(first["loc"][-1]), known, 1, 0.5)
+        fix = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+        return f"{key} = {value!r}: unknown key; {fix}"
+    if first["type"] == "missing":
+        return f"{key}: missing; add it (presets/nano.yaml shows every key)"
+    message = first["msg"].removeprefix("Value error, ")
+    shown = f" = {value!r}" if not isinstance(value, dict) else ""
+    return f"{key}{shown}: {message[0].lower()}{message[1:]}"
+
+
+def _known_keys(path: tuple[int | str, ...]) -> list[str]:
+    model: Any = Params
+    for part in path:
+        annotation = model.model_fields[str(part)].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(model.model_fields)

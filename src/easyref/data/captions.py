@@ -1,0 +1,27 @@
+"""Captions from labels. What a group shares can be hidden, so that the references must carry it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+LABELS = ("subject", "gender", "tone", "style", "colors")
+#: What the members of a group have in common, by kind: the prompt of a sample leaves it out.
+SHARED = {
+    "subject": ("subject", "gender", "colors"),
+    "person": ("style", "gender", "tone", "colors"),
+    "style": ("style", "colors"),
+}
+
+
+def caption(labels: Mapping[str, str], hide: Collection[str] = ("colors",)) -> str:
+    """`farmer, woman, dark skin, twemoji style`, without the labels named in `hide`; never empty."""
+    shown = {name: labels[name] for name in LABELS if labels[name] and name not in hide}
+    words = [shown.get("subject", "emoji"), shown.get("gender", "")]
+    words += [f"{shown['tone']} skin" if "tone" in shown else "", f"{shown['style']} style" if "style" in shown else ""]
+    words += [f"in {shown['colors']}" if "colors" in shown else ""]
+    return ", ".join(w for w in words if w)
+
+
+def common_labels(members: list[Mapping[str, str]]) -> dict[str, str]:
+    """The labels that all members share; the others are empty."""
+    return {name: members[0][name] if len({m[name] for m in members}) == 1 else "" for name in LABELS}

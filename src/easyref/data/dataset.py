@@ -1,0 +1,39 @@
+"""The images of a split in memory, with labels, sampling weights and groups; what every training reads."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from easyref.data.shards import ImageStore
+from easyref.records import read_table, sha256_json
+
+
+class TrainingImages:
+    """Pixels uint8 [N, H, W, 3], labels, and weights that keep frequent concepts in check.
+
+    Without `sha256s`: the training split and its groups. With: exactly those images, no groups.
+    """
+
+    def __init__(self, data: Path, sha256s: Sequence[str] | None = None) -> None:
+        self.store = ImageStore(data / "images")
+        splits = dict(read_table(data / "split" / "images.parquet", ("sha256", "split")).iter_rows())
+        self.sha256s = list(sha256s) if sha256s is not None else [s for s in self.store.rows if splits[s] == "train"]
+        self.labels = [self.store.rows[s] for s in self.sha256s]
+        self.pixels = np.stack([np.asarray(self.store.image(s)) for s in self.sha256s])
+        counts = Counter(label["concept"] for label in self.labels)
+        self.weights = np.array([counts[label["concept"]] ** -0.5 for label in self.labels])
+        self.content = sha256_json(self.sha256s)
+        self.groups: list[tuple[str, list[int]]] = []
+        if sha256s is None:
+            place = {s: i for i, s in enumerate(self.sha256s)}
+            table = read_table(data / "split" / "groups.parquet").filter(split="train").sort("group_id")
+            self.groups = [(g["kind"], [place[m] for m in g["members"]]) for g in table.iter_rows(named=True)]
+
+    def batch(self, items: Sequence[int]) -> torch.Tensor:
+        """Pixels in [-1, 1], float32 [B, 3, H, W]."""
+        return torch.from_numpy(self.pixels[list(items)]).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -1,0 +1,59 @@
+"""Append-only tar shards (webdataset form: one member an image, named by its hash) and random access by offset.
+
+A shard is an ordinary tar file; `offset`/`size` in images.parquet point at the member's bytes, so a reader seeks instead
+of scanning. Headers are normalised (no times, no owners), so the same images give the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import polars as pl
+from PIL import Image
+
+from easyref.images import open_image
+from easyref.records import IMAGE_COLUMNS, atomic_path, read_table, sha256_bytes
+
+
+def write_shard(path: Path, images: list[bytes], suffix: str = "png") -> list[dict]:
+    """Write one tar shard; returns per image `sha256, shard, offset, size` in the given order."""
+    rows = []
+    with atomic_path(path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for data in images:
+            digest = sha256_bytes(data)
+            info = tarfile.TarInfo(f"{digest}.{suffix}")
+            info.size = len(data)
+            offset = tar.offset + tarfile.BLOCKSIZE
+            tar.addfile(info, io.BytesIO(data))
+            rows.append({"sha256": digest, "shard": path.name, "offset": offset, "size": len(data)})
+    return rows
+
+
+class ImageStore:
+    """The images of a folder with `images.parquet` and its shards, by sha256."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.table = read_table(self.folder / "images.parquet", IMAGE_COLUMNS)
+        self.rows: dict[str, dict] = {row["sha256"]: row for row in self.table.iter_rows(named=True)}
+
+    def bytes(self, sha256: str) -> bytes:
+        """The encoded image, checked against its hash."""
+        row = self.rows.get(sha256)
+        if row is None:
+            raise KeyError(f"{self.folder}: no image {sha256}; run `dvc repro ingest` or `dvc pull`")
+        with open(self.folder / row["shard"], "rb") as file:
+            file.seek(row["offset"])
+            data = file.read(row["size"])
+        if sha256_bytes(data) != sha256:
+            raise ValueError(f"{self.folder / row['shard']}: bytes of {sha256} do not match its hash; run `dvc checkout`")
+        return data
+
+    def image(self, sha256: str) -> Image.Image:
+        return open_image(self.bytes(sha256), name=sha256)
+
+    def select(self, sha256s: list[str]) -> pl.DataFrame:
+        """Rows of the table in the order of `sha256s`."""
+        return pl.DataFrame([self.rows[s] for s in sha256s], schema=self.table.schema)

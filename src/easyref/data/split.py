@@ -1,0 +1,126 @@
+"""Stage `split`: MRBench's protocol (method.md §5). Held-out groups of concepts never seen in training, held-in groups of
+which only the targets are withheld, training groups; evaluation samples are leave-one-out.
+
+A concept and everything that looks or is called the same stay on one side: concepts joined by near-duplicate images or
+by the same subject words form one component, and components are what is split.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+
+import numpy as np
+import polars as pl
+
+from easyref.config import Split
+from easyref.data.captions import SHARED, caption
+from easyref.data.shards import ImageStore
+
+
+def thumbnails(store: ImageStore, sha256s: list[str]) -> np.ndarray:
+    """16×16 RGB thumbnails as float32 [N, 768], 0..255."""
+    return np.stack([np.asarray(store.image(s).resize((16, 16)), dtype=np.float32).reshape(-1) for s in sha256s])
+
+
+def near_pairs(a: np.ndarray, b: np.ndarray, distance: float, chunk: int = 2048) -> list[tuple[int, int]]:
+    """Index pairs (of `a`, of `b`) whose root mean square difference is at most `distance`."""
+    pairs: list[tuple[int, int]] = []
+    norms = (b**2).sum(1)
+    for start in range(0, len(a), chunk):
+        part = a[start : start + chunk]
+        squared = (part**2).sum(1)[:, None] + norms[None] - 2 * part @ b.T
+        i, j = np.nonzero(squared <= distance**2 * a.shape[1] + 1e-3)
+        pairs += list(zip((i + start).tolist(), j.tolist(), strict=True))
+    return pairs
+
+
+def split_images(store: ImageStore, groups: pl.DataFrame, params: Split, seed: int) -> dict[str, pl.DataFrame]:
+    """Tables `images` (sha256, split), `groups` (with `split`) and `samples`."""
+    images = store.table.sort("sha256")
+    near = near_pairs(*(thumbnails(store, images["sha256"].to_list()),) * 2, params.near_duplicate_distance)
+    held_out = _held_out_concepts(images, near, params.held_out_share, seed)
+    side = {s: "held_out" if c in held_out else "train" for s, c in images.select("sha256", "concept").iter_rows()}
+    parts = [
+        {**g, "split": name, "members": members}
+        for g in groups.sort("group_id").iter_rows(named=True)
+        for name in ("held_out", "train")
+        if len(members := [m for m in g["members"] if side[m] == name]) >= (3 if g["kind"] == "subject" else 4)
+    ]
+    shas = images["sha256"].to_list()
+    has_twin = {shas[i] for i, j in near if i != j}
+    samples = []
+    for name, count in (("held_out", params.held_out_groups), ("held_in", params.held_in_groups)):
+        chosen = _balanced([p for p in parts if p["split"] == ("held_out" if name == "held_out" else "train")], count, seed)
+        for group in chosen:
+            rng = random.Random(f"{seed}/samples/{group['group_id']}")
+            targets = [m for m in group["members"] if m not in has_twin or name == "held_out"]
+            drawn = rng.sample(targets, min(params.samples_per_group, len(targets)))
+            if name == "held_in":  # withheld targets are no references: at least two must remain
+                drawn = drawn[: max(0, len(group["members"]) - 2)]
+            for target in drawn:
+                samples.append({"split": name, "target": target, "group": group})
+                if name == "held_in":
+                    side[target] = "held_in"
+    for part in parts:
+        if part["split"] == "train":
+            part["members"] = [m for m in part["members"] if side[m] == "train"]
+    columns = ["group_id", "kind", "split", "members"]
+    return {
+        "images": images.select("sha256", pl.col("sha256").replace_strict(side).alias("split")),
+        "groups": pl.DataFrame([p for p in parts if len(p["members"]) >= 2]).select(columns),
+        "samples": pl.DataFrame([_sample(s, store, params.max_references, seed) for s in samples]),
+    }
+
+
+def _sample(sample: dict, store: ImageStore, most: int, seed: int) -> dict:
+    """A leave-one-out sample: the target, up to `most` other members as references, a prompt that hides what they share."""
+    group, target = sample["group"], sample["target"]
+    rng = random.Random(f"{seed}/references/{group['group_id']}/{target}")
+    others = [m for m in group["members"] if m != target]
+    prompt = caption(store.rows[target], hide={*SHARED[group["kind"]], "colors"})
+    return {
+        "sample_id": f"{sample['split']}-{group['kind']}-{target[:12]}", "group_id": group["group_id"], "kind": group["kind"],
+        "split": sample["split"], "target": target, "references": rng.sample(others, min(most, len(others))), "prompt": prompt,
+    }  # fmt: skip
+
+
+def _held_out_concepts(images: pl.DataFrame, near: list[tuple[int, int]], share: float, seed: int) -> set[str]:
+    concepts = images["concept"].to_list()
+    parent = {c: c for c in concepts}
+
+    def root(c: str) -> str:
+        while parent[c] != c:
+            parent[c] = parent[parent[c]]
+            c = parent[c]
+        return c
+
+    by_subject: dict[str, str] = {}
+    for subject, concept in images.select("subject", "concept").iter_rows():
+        parent[root(concept)] = root(by_subject.setdefault(subject, concept))
+    for i, j in near:
+        parent[root(concepts[i])] = root(concepts[j])
+    components = defaultdict(list)
+    for concept in sorted(set(concepts)):
+        components[root(concept)].append(concept)
+    order = sorted(components.values())
+    random.Random(f"{seed}/split").shuffle(order)
+    held_out: set[str] = set()
+    for component in order:
+        # a large component would be the whole held-out set by itself, and says nothing new image by image
+        if len(component) <= 10 and len(held_out) + len(component) <= share * len(parent):
+            held_out.update(component)
+    return held_out
+
+
+def _balanced(groups: list[dict], count: int, seed: int) -> list[dict]:
+    """`count` groups, the kinds in turn, each kind in a seeded random order."""
+    by_kind = defaultdict(list)
+    for group in sorted(groups, key=lambda g: g["group_id"]):
+        by_kind[group["kind"]].append(group)
+    for kind, members in by_kind.items():
+        random.Random(f"{seed}/groups/{kind}").shuffle(members)
+    chosen: list[dict] = []
+    while len(chosen) < count and any(by_kind.values()):
+        chosen += [by_kind[kind].pop() for kind in sorted(by_kind) if by_kind[kind]]
+    return chosen[:count]

@@ -1,0 +1,57 @@
+"""Stage `evaluate`: the finetuned model on held-out and held-in samples → metrics, report, plots and the grid."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from easyref.config import Params
+from easyref.data.shards import ImageStore
+from easyref.evaluation.evaluate import evaluate
+from easyref.evaluation.generations import select_cases
+from easyref.evaluation.grid import grid_png, grid_rows
+from easyref.evaluation.report import write_report
+from easyref.model.weights import WEIGHTS
+from easyref.pipeline import EasyRef, Request
+from easyref.progress import use_threads
+from easyref.records import read_json, read_table, sha256_file, write_json
+
+STAGE = "finetune_multi"
+
+
+def evaluate_stage(params: Params, data: Path, models: Path, out: Path, work: Path) -> None:
+    """Evaluate the checkpoint of stage 3 and write `metrics/evaluate.json`, `reports/evaluation.html`, `reports/grid.png`."""
+    print(use_threads(params.threads))
+    p, checkpoint = params.evaluate, models / STAGE
+    easyref = EasyRef.from_pretrained(checkpoint, base=models)
+    store = ImageStore(data / "images")
+    images = store.table.join(read_table(data / "split" / "images.parquet", ("sha256", "split")), on="sha256")
+    samples = read_table(data / "split" / "samples.parquet")
+
+    def generate(requests: list[dict]) -> list:
+        return easyref([Request(**request) for request in requests], p.steps, p.guidance, p.scale)
+
+    weights = sha256_file(checkpoint / WEIGHTS)
+    result = evaluate(samples, images, store.image, generate, p, seed=params.seed, weights=weights, out=work)
+    write_json(out / "metrics" / "evaluate.json", result)
+    cases, _ = select_cases(samples, images, {"held_out": p.held_out_samples}, params.seed)
+    rows = grid_rows(cases, store.image, work, max(1, p.grid_rows // 3))
+    if rows:
+        grid_png(rows, out / "reports" / "grid.png")
+    write_report(result, rows, out / "reports" / "evaluation.html")
+    print(summary(out))
+
+
+def summary(out: Path) -> str:
+    """The result in three lines: what the references bring, and where to look."""
+    result = read_json(out / "metrics" / "evaluate.json")
+    lines = []
+    for split in ("held_out", "held_in"):
+        f = result[split]["fidelity"]
+        if not f:
+            continue
+        s, n = f["right_minus_shuffled"], f["right_minus_none"]
+        lines.append(
+            f"{split}: fidelity {f['right']:.3f} with the right references; over another group's {s['mean']:+.3f} "
+            f"[{s['low']:+.3f}, {s['high']:+.3f}], over none {n['mean']:+.3f} [{n['low']:+.3f}, {n['high']:+.3f}]"
+        )
+    return "\n".join([*lines, "report: reports/evaluation.html", "picture: reports/grid.png"])

@@ -1,0 +1,116 @@
+"""Decoupled cross-attention through diffusers' own IP-Adapter seams.
+
+out = Attn(q, K_text, V_text) + scale * Attn(q, K_ref, V_ref): two softmaxes (IP-Adapter, arXiv 2308.06721; EasyRef section 3).
+diffusers' `IPAdapterAttnProcessor2_0` computes exactly that from `added_cond_kwargs["image_embeds"]`, in every SDXL pipeline
+(`ip_adapter_image_embeds`, regional `ip_adapter_masks`, `set_ip_adapter_scale`). We reuse it whole and change only its two
+projections: they also read their result from PRECOMPUTED keys and values.
+
+The payload `image_embeds=[payload]` is either
+- tokens [B, 1, T, X]: each layer projects them, in every step (training), or
+- packed K/V [B, 1, T, W] of `pack_reference_kv`: computed once an image, each layer takes its columns (inference, export).
+The last axis tells which; nothing is stored on the processor between calls.
+
+Letters: B batch · T reference tokens · X cross-attention width · C width of one attention layer · W sum of 2C over layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention, IPAdapterAttnProcessor2_0
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import Tensor, nn
+
+
+class KVSlot(NamedTuple):
+    """Where one cross-attention lies in the packed K/V: keys at [offset, offset + width), values right after."""
+
+    name: str  # module path of the Attention in the UNet
+    width: int
+    offset: int
+
+
+class ReferenceProjection(nn.Linear):
+    """Linear X -> C without bias on tokens; on packed K/V it takes its own C columns instead."""
+
+    def __init__(self, weight_CX: Tensor, offset: int, packed_width: int) -> None:
+        nn.Module.__init__(self)  # not Linear's, for the same reason as in the processor below
+        self.out_features, self.in_features = weight_CX.shape
+        self.offset, self.packed_width = offset, packed_width
+        self.weight = nn.Parameter(weight_CX.detach().clone())
+        self.register_parameter("bias", None)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., X] or [..., W] -> [..., C]."""
+        if input.shape[-1] == self.in_features:
+            return F.linear(input, self.weight)
+        if input.shape[-1] != self.packed_width:
+            raise ValueError(
+                f"image_embeds are {input.shape[-1]} wide; give reference tokens ({self.in_features} wide) "
+                f"or the result of pack_reference_kv ({self.packed_width} wide)"
+            )
+        return input[..., self.offset : self.offset + self.out_features]
+
+
+class ReferenceAttnProcessor(IPAdapterAttnProcessor2_0):
+    """diffusers' IP-Adapter processor with one adapter whose K_ref/V_ref start as copies of the layer's to_k/to_v."""
+
+    def __init__(self, attn: Attention, num_tokens: int, scale: float, offset: int, packed_width: int) -> None:
+        k_CX, v_CX = attn.to_k.weight, attn.to_v.weight
+        # No tokens, so no projections of its own: it would draw random weights to throw away.
+        super().__init__(k_CX.shape[0], k_CX.shape[1], num_tokens=(), scale=[])
+        self.num_tokens = (num_tokens,)
+        self.scale = [scale]
+        self.to_k_ip = nn.ModuleList([ReferenceProjection(k_CX, offset, packed_width)])
+        self.to_v_ip = nn.ModuleList([ReferenceProjection(v_CX, offset + k_CX.shape[0], packed_width)])
+
+
+def kv_layout(unet: UNet2DConditionModel) -> list[KVSlot]:
+    """All cross-attentions of the UNet (module names `attn2`) in packing order, the order of `unet.attn_processors`."""
+    slots: list[KVSlot] = []
+    offset = 0
+    for processor_name in unet.attn_processors:
+        name = processor_name.removesuffix(".processor")
+        if name.endswith("attn2"):
+            attn: Any = unet.get_submodule(name)
+            width = attn.to_k.out_features
+            slots.append(KVSlot(name, width, offset))
+            offset += 2 * width
+    return slots
+
+
+def packed_width(layout: Sequence[KVSlot]) -> int:
+    """W."""
+    return sum(2 * slot.width for slot in layout)
+
+
+def processors(unet: UNet2DConditionModel) -> dict[str, ReferenceAttnProcessor]:
+    """Our processors by the name of their Attention, in packing order."""
+    return {name.removesuffix(".processor"): p for name, p in unet.attn_processors.items() if isinstance(p, ReferenceAttnProcessor)}
+
+
+def reference_kv(unet: UNet2DConditionModel, tokens_BTX: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """K_BTC and V_BTC of every cross-attention, in packing order. They do not depend on the timestep: once an image."""
+    return [(p.to_k_ip[0](tokens_BTX), p.to_v_ip[0](tokens_BTX)) for p in processors(unet).values()]
+
+
+def pack_reference_kv(kv: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The `image_embeds` payload [B, 1, T, W] that holds all keys and values."""
+    return torch.cat([part_BTC for pair in kv for part_BTC in pair], dim=-1)[:, None]
+
+
+def set_scale(unet: UNet2DConditionModel, scale: float | Mapping[str, float]) -> None:
+    """Set lambda of every cross-attention, or of those whose name starts with a key (`{"up_blocks.0": 0.5}`)."""
+    ours = processors(unet)
+    if isinstance(scale, Mapping):
+        unknown = [key for key in scale if not any(name.startswith(key) for name in ours)]
+        if unknown:
+            raise ValueError(f"no cross-attention starts with {unknown[0]!r}; names are like {next(iter(ours), '')!r}")
+        chosen = {name: value for key, value in scale.items() for name in ours if name.startswith(key)}
+    else:
+        chosen = dict.fromkeys(ours, scale)
+    for name, value in chosen.items():
+        ours[name].scale[0] = value

@@ -1,0 +1,129 @@
+"""EasyRef: reference images + prompt → images, on torch, inside any SDXL pipeline of diffusers.
+
+The reference encoder runs once a group of references; its tokens become keys and values once an image (not once a step) and
+LoRA is merged into the weights, so a step costs the plain UNet plus one attention over T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from easyref.model import weights
+from easyref.model.adapter import Adapter
+from easyref.model.reference import ReferenceEncoder, ReferenceProcessor, null_image
+from easyref.seeds import torch_rng
+
+
+@dataclass(frozen=True)
+class Request:
+    """One image to make. No references: the null reference, which is text alone."""
+
+    prompt: str
+    references: Sequence[Image.Image]
+    seed: int
+    negative_prompt: str = ""
+
+
+class EasyRef:
+    """A trained EasyRef attached to an SDXL pipeline (`self.pipe`)."""
+
+    def __init__(self, pipe: Any, encoder: ReferenceEncoder, processor: ReferenceProcessor, adapter: Adapter) -> None:
+        self.pipe, self.encoder, self.processor, self.adapter = pipe, encoder, processor, adapter
+        self._null: torch.Tensor | None = None
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, base: str | Path | None = None, dtype: torch.dtype = torch.float32) -> EasyRef:
+        """Load a checkpoint folder and its base models, on the GPU when there is one.
+
+        `base` is the folder that holds base models trained here (default: beside the checkpoint); hub ids need none.
+        """
+        from diffusers import StableDiffusionXLPipeline
+
+        folder = Path(folder)
+        config = weights.read_config(folder)
+        place = _base_place(config.base_id, Path(base) if base else folder.parent)
+        pipe = StableDiffusionXLPipeline.from_pretrained(place, revision=config.base_revision, torch_dtype=dtype, add_watermarker=False)
+        pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+        return cls.attach(pipe, folder, base, dtype)
+
+    @classmethod
+    def attach(cls, pipe: Any, folder: str | Path, base: str | Path | None = None, dtype: torch.dtype = torch.float32) -> EasyRef:
+        """Put a checkpoint into a pipeline that is there already: any SDXL pipeline (ControlNet, img2img, inpaint …)."""
+        from transformers import Qwen2VLForConditionalGeneration
+
+        folder = Path(folder)
+        config = weights.read_config(folder)
+        place = _base_place(config.mllm_id, Path(base) if base else folder.parent)
+        mllm = Qwen2VLForConditionalGeneration.from_pretrained(place, revision=config.mllm_revision, dtype=dtype)
+        encoder = ReferenceEncoder(mllm, config.reference, torch_rng("attach")).to(pipe.device).eval().requires_grad_(False)
+        adapter = Adapter.install(
+            pipe.unet, config.reference.num_tokens, config.lora_rank, config.lora_alpha, torch_rng("attach", "lora")
+        )
+        weights.load(folder, encoder, adapter)
+        adapter.merge_lora()
+        pipe.set_progress_bar_config(disable=True)
+        return cls(pipe, encoder, ReferenceProcessor.from_pretrained(place, config.reference, config.mllm_revision), adapter)
+
+    @torch.no_grad()
+    def encode(self, references: Sequence[Sequence[Image.Image]], prompts: Sequence[str]) -> torch.Tensor:
+        """Packed reference keys and values [B, 1, T, W] of each sample; an empty list of references is the null reference."""
+        filled = [list(r) or [null_image()] for r in references]
+        inputs = self.processor(filled, prompts).to(self.pipe.device)
+        tokens_BTX = self.encoder(inputs).to(self.pipe.unet.dtype)
+        return self.adapter.payload(tokens_BTX)
+
+    @torch.no_grad()
+    def __call__(
+        self, requests: Sequence[Request], steps: int = 30, guidance: float = 7.5, scale: float = 1.0,
+        height: int | None = None, width: int | None = None, **pipe_options: Any,
+    ) -> list[Image.Image]:  # fmt: skip
+        """Images of a batch of requests. Each request's noise depends on its own seed alone, not on the batch.
+
+        `guidance` 1 switches the unconditional branch (null reference + negative prompt) off. `pipe_options` go to the pipeline.
+        """
+        for request in requests:
+            self.check_prompt(request.prompt)
+        positive = self.encode([r.references for r in requests], [r.prompt for r in requests])
+        payload = torch.cat([self._null_payload(requests), positive]) if guidance > 1 else positive
+        self.adapter.set_scale(scale)
+        default = self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
+        return self.pipe(
+            prompt=[r.prompt for r in requests], negative_prompt=[r.negative_prompt for r in requests],
+            num_inference_steps=steps, guidance_scale=guidance, height=height or default, width=width or default,
+            generator=[torch.Generator().manual_seed(r.seed) for r in requests], ip_adapter_image_embeds=[payload],
+            **pipe_options,
+        ).images  # fmt: skip
+
+    def check_prompt(self, prompt: str) -> None:
+        """ValueError when a text encoder would cut the prompt."""
+        for tokenizer in (self.pipe.tokenizer, self.pipe.tokenizer_2):
+            length = len(tokenizer(prompt).input_ids)
+            if length > tokenizer.model_max_length:
+                raise ValueError(
+                    f"prompt of {length} tokens is over the text encoder's limit of {tokenizer.model_max_length}; shorten it"
+                )
+
+    def _null_payload(self, requests: Sequence[Request]) -> torch.Tensor:
+        """The unconditional branch: null reference with the negative prompt (method.md §3)."""
+        negatives = [r.negative_prompt for r in requests]
+        if any(negatives):
+            return self.encode([[]] * len(requests), negatives)
+        if self._null is None:
+            self._null = self.encode([[]], [""])
+        return self._null.expand(len(requests), -1, -1, -1)
+
+
+def _base_place(model_id: str, folder: Path) -> str:
+    """A base model trained here lies at `folder`/id; anything else is a hub id or a path."""
+    local = folder / model_id
+    if local.exists():
+        return str(local)
+    if model_id.startswith("base/"):
+        raise FileNotFoundError(f"{local}: base model missing; get it with `dvc pull base`, or name its folder with --base")
+    return model_id

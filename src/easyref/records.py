@@ -1,0 +1,119 @@
+"""Tables and files on disk: parquet schemas, content hashes, atomic writes.
+
+One rule for every writer of the project: write beside the target, fsync, rename. A reader never sees half a file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import polars as pl
+
+#: images.parquet: one row an image. Pixels are in `shard` at `offset`, `size` bytes; `sha256` is the hash of those bytes.
+IMAGE_COLUMNS = (
+    *("sha256", "shard", "offset", "size", "width", "height", "caption", "licence", "source"),
+    *("concept", "subject", "gender", "tone", "style", "category", "colors"),
+)
+#: groups.parquet: one row a group of images that share something; `members` is a list of sha256.
+GROUP_COLUMNS = ("group_id", "kind", "split", "members")
+#: samples.parquet: one row a leave-one-out sample (method.md §5): references → target under `prompt`.
+SAMPLE_COLUMNS = ("sample_id", "group_id", "kind", "split", "target", "references", "prompt")
+
+
+def sha256_bytes(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hash of a JSON-able value, independent of key order."""
+    return sha256_bytes(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
+
+
+@contextmanager
+def atomic_path(target: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `target`; on success fsync it and rename it over `target`, else delete it."""
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(target: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `target`; on success swap it in. An old `target` survives any failure before that."""
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
+        temporary.chmod(0o755)
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+            target.replace(old / target.name)
+            temporary.replace(target)
+            shutil.rmtree(old)
+        else:
+            temporary.replace(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: str | Path) -> Any:
+    try:
+        return json.loads(Path(path).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); delete it and run the stage that writes it again") from error
+
+
+def write_table(path: str | Path, table: pl.DataFrame) -> None:
+    with atomic_path(path) as temporary:
+        table.write_parquet(temporary, compression="zstd", statistics=False)
+
+
+def read_table(path: str | Path, columns: tuple[str, ...] = ()) -> pl.DataFrame:
+    """Read a parquet table and check that `columns` are there."""
+    import polars as pl
+
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path}: no such table; run the stage that writes it, or `dvc pull`")
+    table = pl.read_parquet(path)
+    missing = [c for c in columns if c not in table.columns]
+    if missing:
+        raise ValueError(f"{path}: column(s) {', '.join(missing)} missing; it has {', '.join(table.columns)}")
+    return table

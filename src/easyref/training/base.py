@@ -1,0 +1,363 @@
+"""Stage `base`: the small base models of the nano preset, trained on the training split only, in the folder form in which
+the sdxl preset gets its own from the hub.
+
+`diffusion/` is a StableDiffusionXLPipeline folder (UNet with `text_time` embeddings, AutoencoderKL, two CLIP text encoders);
+`mllm/` is a Qwen2VLForConditionalGeneration with image processor, tokenizer and chat template.
+Letters: B batch · L text tokens · C latent channels · h,w latent size.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from easyref.config import VAE, Captioning, Params, TextToImage
+from easyref.data.captions import LABELS, caption, common_labels
+from easyref.data.dataset import TrainingImages
+from easyref.progress import use_threads
+from easyref.records import atomic_folder
+from easyref.seeds import Order, numpy_rng, torch_rng
+from easyref.training.trainer import Task, train
+
+DESCRIBE, COMMON = "Describe the image.", "What do these images have in common?"
+
+
+def base(params: Params, data: Path, out: Path, work: Path) -> None:
+    """Train VAE, text-to-image and captioning models and write `out/diffusion` and `out/mllm` (half precision).
+
+    The three trainings are kept in `work` as they finish; the same command goes on where it was.
+    """
+    print(use_threads(params.threads))
+    if params.base.source == "hub":
+        return download(params, out)
+    images = TrainingImages(data)
+    for part in (train_captioning, train_vae, train_text_to_image):
+        part(params, images, work)
+    with atomic_folder(out) as folder:
+        shutil.copytree(work / "diffusion", folder / "diffusion")
+        shutil.copytree(work / "mllm", folder / "mllm")
+
+
+def download(params: Params, out: Path) -> None:
+    """The published base models at their pinned revisions, safetensors only (no pickles)."""
+    from huggingface_hub import snapshot_download
+
+    b = params.base
+    models = {"diffusion": (b.diffusion_id, b.diffusion_revision), "mllm": (b.mllm_id, b.mllm_revision)}
+    patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
+    with atomic_folder(out) as folder:
+        for name, (model_id, revision) in models.items():
+            snapshot_download(
+                str(model_id), revision=revision, local_dir=folder / name, allow_patterns=patterns,
+                ignore_patterns=["*.fp16.*", "*openvino*", "*_onnx/*", "sd_xl_base_1.0*"],
+            )  # fmt: skip
+
+
+# -- VAE ---------------------------------------------------------------------------------------------------------------
+
+
+def build_vae(p: VAE, size: int) -> nn.Module:
+    from diffusers import AutoencoderKL
+
+    levels = len(p.channels)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=tuple(p.channels), layers_per_block=p.layers, latent_channels=p.latent_channels,
+        norm_num_groups=8, sample_size=size, force_upcast=False,
+    )  # fmt: skip
+
+
+def vae_loss(vae: nn.Module, pixels_B3HW: torch.Tensor, noise_BChw: torch.Tensor, p: VAE) -> torch.Tensor:
+    """L1 + squared error on pixels and on their differences along x and y (sharp edges) + KL to the unit Gaussian."""
+    posterior = vae.encode(pixels_B3HW).latent_dist
+    out = vae.decode(posterior.mean + posterior.std * noise_BChw).sample
+    error = out - pixels_B3HW
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+    return error.abs().mean() + error.square().mean() + p.edge_weight * edges + p.kl_weight * kl
+
+
+def train_vae(params: Params, images: TrainingImages, work: Path) -> None:
+    p = params.base.vae
+    assert p is not None
+    done = work / "vae"
+    if done.exists():
+        return
+    torch.manual_seed(params.seed)
+    vae = build_vae(p, params.ingest.size).to(memory_format=torch.channels_last)
+    order = Order(images.weights, params.seed, "vae")
+    side = params.ingest.size // 2 ** (len(p.channels) - 1)
+
+    def loss(numbers: range) -> torch.Tensor:
+        pixels = images.batch([order[n] for n in numbers]).contiguous(memory_format=torch.channels_last)
+        noise = torch.stack([torch.randn(p.latent_channels, side, side, generator=torch_rng(params.seed, "vae", n)) for n in numbers])
+        return vae_loss(vae, pixels, noise, p)
+
+    fingerprint = {"task": "vae", "images": images.content, "seed": params.seed}
+    tensors = train(Task("base: vae", dict(vae.named_parameters()), loss, fingerprint), p, work / "vae.safetensors")
+    vae.load_state_dict(tensors, strict=False)
+    vae.eval()
+    with torch.no_grad():  # so that latents enter diffusion with unit variance, as in SD (scaling_factor)
+        items = list(range(0, len(images.sha256s), max(1, len(images.sha256s) // 512)))
+        latents = torch.cat([vae.encode(images.batch(items[i : i + 64])).latent_dist.mean for i in range(0, len(items), 64)])
+        error = (vae.decode(latents[:64]).sample - images.batch(items[:64])).square().mean()
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
+    print(f"base: vae reconstructs with mean squared error {error:.4f} on [-1, 1]; latent std {latents.std():.3f}")
+    with atomic_folder(done) as folder:
+        vae.save_pretrained(folder)
+
+
+# -- text to image -----------------------------------------------------------------------------------------------------
+
+
+def train_tokenizer(texts: list[str], vocabulary: int, special: list[str], clip: bool):
+    """A byte-level BPE tokenizer trained on `texts`, lower-cased, as a `tokenizers.Tokenizer`."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    suffix = {"end_of_word_suffix": "</w>"} if clip else {}
+    tokenizer = Tokenizer(models.BPE(**suffix))
+    if clip:
+        tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False, **suffix,
+    )  # fmt: skip
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def build_text_encoders(p: TextToImage, texts: list[str], folder: Path):
+    """CLIP tokenizer and the two CLIP text encoders (the second with a projection), SDXL's arrangement in small."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    vocab_folder = folder / "tokenizer_vocabulary"
+    if not (vocab_folder / "vocab.json").exists():
+        tokenizer = train_tokenizer(texts, p.vocabulary, [end, start], clip=True)
+        with atomic_folder(vocab_folder) as temporary:
+            tokenizer.model.save(str(temporary))
+            (temporary / "tokenizer_config.json").write_text(
+                json.dumps({"tokenizer_class": "CLIPTokenizer", "bos_token": start, "eos_token": end, "unk_token": end,
+                            "pad_token": end, "model_max_length": p.text_tokens})
+            )  # fmt: skip
+    tokenizer = CLIPTokenizer.from_pretrained(vocab_folder)
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=p.text_width, intermediate_size=4 * p.text_width, projection_dim=p.text_width,
+        num_hidden_layers=p.text_layers, num_attention_heads=p.text_width // p.head_dim, max_position_embeddings=p.text_tokens,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return tokenizer, CLIPTextModel(config), CLIPTextModelWithProjection(config)
+
+
+def build_unet(p: TextToImage, latent_channels: int, size: int) -> nn.Module:
+    """SDXL's UNet in small: first level without attention, `text_time` added embeddings."""
+    from diffusers import UNet2DConditionModel
+
+    levels = len(p.channels)
+    return UNet2DConditionModel(
+        sample_size=size, in_channels=latent_channels, out_channels=latent_channels,
+        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * (levels - 1),
+        up_block_types=("CrossAttnUpBlock2D",) * (levels - 1) + ("UpBlock2D",),
+        block_out_channels=tuple(p.channels), layers_per_block=p.layers, cross_attention_dim=2 * p.text_width,
+        transformer_layers_per_block=tuple(p.transformer_layers), attention_head_dim=tuple(c // p.head_dim for c in p.channels),
+        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=16,
+        projection_class_embeddings_input_dim=6 * 16 + p.text_width, norm_num_groups=16,
+    )  # fmt: skip
+
+
+def noise_schedule():
+    """SDXL's own: scaled linear betas, ε-prediction, DDIM sampling without clipping."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1, timestep_spacing="leading", num_train_timesteps=1000,
+    )  # fmt: skip
+
+
+def random_caption(label: dict, rng: np.random.Generator, drop_text: float, drop_label: float) -> str:
+    """A caption with each label left out with probability `drop_label`, or nothing at all with `drop_text`."""
+    if rng.random() < drop_text:
+        return ""
+    chosen = rng.random(len(LABELS)) < drop_label
+    return caption(label, hide={name for name, out in zip(LABELS, chosen, strict=True) if out})
+
+
+def train_text_to_image(params: Params, images: TrainingImages, work: Path) -> None:
+    from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+
+    from easyref.training.loss import diffusion_loss, encode_latents, encode_text
+
+    p, seed = params.base.text_to_image, params.seed
+    assert p is not None
+    if (work / "diffusion").exists():
+        return
+    vae = AutoencoderKL.from_pretrained(work / "vae").eval().requires_grad_(False)
+    torch.manual_seed(seed)
+    texts = [caption(label, hide=()) for label in images.labels]
+    tokenizer, encoder_1, encoder_2 = build_text_encoders(p, texts, work)
+    unet = build_unet(p, vae.config.latent_channels, params.ingest.size // 2 ** (len(vae.config.block_out_channels) - 1))
+    unet.to(memory_format=torch.channels_last)
+    scheduler = noise_schedule()
+    latents_NChw = encode_latents(vae, images.batch, len(images.sha256s))
+    order = Order(images.weights, seed, "text_to_image")
+    size = params.ingest.size
+    time_ids_6 = torch.tensor([size, size, 0, 0, size, size], dtype=torch.float32)
+
+    def loss(numbers: range) -> torch.Tensor:
+        items = [order[n] for n in numbers]
+        captions = [
+            random_caption(images.labels[i], numpy_rng(seed, "caption", n), p.drop_text, p.drop_label)
+            for i, n in zip(items, numbers, strict=True)
+        ]
+        text, pooled = encode_text([(tokenizer, encoder_1), (tokenizer, encoder_2)], captions)
+        added = {"text_embeds": pooled, "time_ids": time_ids_6.expand(len(items), 6)}
+        return diffusion_loss(unet, scheduler, latents_NChw[items], text, added, seed, numbers, p.min_snr)
+
+    modules = nn.ModuleDict({"unet": unet, "text_encoder": encoder_1, "text_encoder_2": encoder_2})
+    fingerprint = {"task": "text_to_image", "images": images.content, "seed": seed, "vae": params.base.vae.model_dump()}  # type: ignore[union-attr]
+    task = Task("base: text to image", dict(modules.named_parameters()), loss, fingerprint)
+    modules.load_state_dict(train(task, p, work / "text_to_image.safetensors"), strict=False)
+    pipe = StableDiffusionXLPipeline(
+        vae=vae, text_encoder=encoder_1, text_encoder_2=encoder_2, tokenizer=tokenizer, tokenizer_2=tokenizer, unet=unet,
+        scheduler=scheduler, force_zeros_for_empty_prompt=False, add_watermarker=False,
+    )  # fmt: skip
+    with atomic_folder(work / "diffusion") as folder:
+        pipe.to(dtype=torch.float16).save_pretrained(folder)
+
+
+# -- captioning --------------------------------------------------------------------------------------------------------
+
+#: Qwen2-VL's chat form: images as vision tokens, then the text.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+
+
+def build_mllm(p: Captioning, size: int, texts: list[str]):
+    """A small Qwen2-VL with tokenizer (chat template inside) and image processor for `size`-pixel images."""
+    from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    raw = train_tokenizer(texts, p.vocabulary, SPECIAL, clip=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>", additional_special_tokens=SPECIAL[1:]
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
+    half = p.width // p.heads // 2
+    sections = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]  # time, height, width: Qwen2-VL's 2:3:3
+    config = Qwen2VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer), "hidden_size": p.width, "intermediate_size": p.intermediate,
+            "num_hidden_layers": p.layers, "num_attention_heads": p.heads, "num_key_value_heads": p.kv_heads,
+            "max_position_embeddings": 8192, "tie_word_embeddings": True, "rms_norm_eps": 1e-6,
+            "bos_token_id": None, "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": sections},
+        },
+        vision_config={
+            "depth": p.vision_layers, "embed_dim": p.vision_width, "hidden_size": p.width, "num_heads": p.vision_heads,
+            "mlp_ratio": 4, "patch_size": p.patch, "spatial_merge_size": 2, "temporal_patch_size": 1,
+        },
+        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"], tie_word_embeddings=True,
+    )  # fmt: skip
+    processor = Qwen2VLImageProcessorPil(
+        patch_size=p.patch, merge_size=2, temporal_patch_size=1, min_pixels=size * size, max_pixels=size * size,
+        image_mean=[0.5] * 3, image_std=[0.5] * 3,
+    )  # fmt: skip
+    return Qwen2VLForConditionalGeneration(config), tokenizer, processor
+
+
+def train_captioning(params: Params, images: TrainingImages, work: Path) -> None:
+    p, seed = params.base.captioning, params.seed
+    assert p is not None
+    if (work / "mllm").exists():
+        return
+    torch.manual_seed(seed)
+    texts = [caption(label, hide=()) for label in images.labels] + [
+        DESCRIBE,
+        COMMON,
+        params.reference.instruction,
+        "user assistant",
+    ]
+    model, tokenizer, processor = build_mllm(p, params.ingest.size, texts)
+    tokens = (params.ingest.size // p.patch // 2) ** 2
+    grid = torch.tensor([[1, params.ingest.size // p.patch, params.ingest.size // p.patch]])
+    patches = _patches(images, processor, work)
+    order = Order(images.weights, seed, "captioning")
+    pad, image_token = tokenizer.pad_token_id, model.config.image_token_id
+
+    def sample(number: int) -> tuple[list[int], list[int], list[int]]:
+        """Images, prompt ids and answer ids of one captioning sample."""
+        rng = numpy_rng(seed, "captioning", number)
+        if rng.random() < p.several_images:
+            _, members = images.groups[rng.integers(len(images.groups))]
+            chosen = rng.choice(members, min(len(members), rng.integers(2, p.max_images + 1)), replace=False).tolist()
+            question, answer = COMMON, caption(common_labels([images.labels[i] for i in chosen]), hide=())
+        else:
+            chosen = [order[number]]
+            question, answer = DESCRIBE, caption(images.labels[chosen[0]], hide=())
+        content = [{"type": "image"}] * len(chosen) + [{"type": "text", "text": question}]
+        text = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+        prompt = tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * tokens))["input_ids"]
+        return chosen, prompt, tokenizer(answer + "<|im_end|>")["input_ids"]
+
+    def loss(numbers: range) -> torch.Tensor:
+        samples = [sample(n) for n in numbers]
+        total = sum(len(answer) for _, _, answer in samples)
+        # samples of one and of several images apart: together most of the tokens would be padding
+        parts = [[s for s in samples if len(s[0]) == 1], [s for s in samples if len(s[0]) > 1]]
+        return torch.stack([summed(part) for part in parts if part]).sum() / total
+
+    def summed(samples: list[tuple[list[int], list[int], list[int]]]) -> torch.Tensor:
+        """Cross-entropy summed over the answer tokens."""
+        longest = max(len(q) + len(a) for _, q, a in samples)
+        ids = torch.tensor([q + a + [pad] * (longest - len(q) - len(a)) for _, q, a in samples])
+        labels = torch.tensor([[-100] * len(q) + a + [-100] * (longest - len(q) - len(a)) for _, q, a in samples])
+        items = [i for chosen, _, _ in samples for i in chosen]
+        out = model(
+            input_ids=ids, attention_mask=(ids != pad).long(), pixel_values=patches[items].flatten(0, 1).float(),
+            image_grid_thw=grid.expand(len(items), 3), mm_token_type_ids=(ids == image_token).int(), use_cache=False,
+        )  # fmt: skip
+        return F.cross_entropy(out.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+
+    fingerprint = {"task": "captioning", "images": images.content, "seed": seed}
+    tensors = train(Task("base: captioning", dict(model.named_parameters()), loss, fingerprint), p, work / "captioning.safetensors")
+    model.load_state_dict(tensors, strict=False)
+    with atomic_folder(work / "mllm") as folder:
+        model.half().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+
+def _patches(images: TrainingImages, processor, work: Path) -> torch.Tensor:
+    """Vision patches of all training images, half precision [N, P, 3·patch²]."""
+    from PIL import Image
+
+    out = []
+    for start in range(0, len(images.pixels), 512):
+        part = [Image.fromarray(x) for x in images.pixels[start : start + 512]]
+        out.append(processor(part, return_tensors="pt")["pixel_values"].half().view(len(part), -1, 3 * processor.patch_size**2))
+    return torch.cat(out)

@@ -1,0 +1,66 @@
+"""The diffusion loss (method.md §4) and the encodings it needs, the same for base models and the three stages.
+
+Letters: B batch · L text tokens · C latent channels · h,w latent size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from easyref.seeds import torch_rng
+
+
+@torch.no_grad()
+def encode_latents(
+    vae: nn.Module, pixels: Callable[[list[int]], torch.Tensor], count: int, device: torch.device | str = "cpu", batch: int = 64
+) -> torch.Tensor:
+    """Mean latents of images 0..count-1, scaled for diffusion: float32 [N, C, h, w] in main memory. `pixels(items)` gives
+    [B, 3, H, W]. Always the same batches, so that a resumed run gets the same bits."""
+    parts = []
+    for start in range(0, count, batch):
+        x_B3HW = pixels(list(range(start, min(start + batch, count)))).to(device)
+        parts.append(vae.encode(x_B3HW).latent_dist.mean.cpu())
+    return torch.cat(parts) * vae.config.scaling_factor
+
+
+def encode_text(encoders: Sequence[tuple], captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """SDXL's text path (method.md §2): penultimate states of both encoders concatenated [B, L, X], pooled output of the
+    second [B, P]. `encoders` is [(tokenizer, encoder_1), (tokenizer_2, encoder_2)]."""
+    states, pooled = [], torch.empty(0)
+    for tokenizer, encoder in encoders:
+        ids = tokenizer(
+            captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        ).input_ids.to(encoder.device)
+        out = encoder(ids, output_hidden_states=True)
+        states.append(out.hidden_states[-2])
+        pooled = out[0]
+    return torch.cat(states, dim=-1), pooled
+
+
+def noised(scheduler, latents_BChw: torch.Tensor, seed: int, numbers: Sequence[object]):
+    """Noise ε and timesteps t ~ U of the images at `numbers`; returns (x_t, t, ε). Both depend on the image number only."""
+    noise, steps = [], []
+    for number in numbers:
+        rng = torch_rng(seed, "noise", number)
+        steps.append(torch.randint(0, scheduler.config.num_train_timesteps, (1,), generator=rng))
+        noise.append(torch.randn(latents_BChw.shape[1:], generator=rng))
+    noise_BChw, t_B = torch.stack(noise).to(latents_BChw), torch.cat(steps).to(latents_BChw.device)
+    return scheduler.add_noise(latents_BChw, noise_BChw, t_B), t_B, noise_BChw
+
+
+def diffusion_loss(
+    unet: nn.Module, scheduler, latents_BChw: torch.Tensor, text_BLX: torch.Tensor, added: dict, seed: int,
+    numbers: Sequence[object], min_snr: float | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Mean squared error on ε; with `min_snr` each image is weighted by min(SNR, γ)/SNR (arXiv 2303.09556, eq. 5 for ε)."""
+    noisy_BChw, t_B, noise_BChw = noised(scheduler, latents_BChw, seed, numbers)
+    predicted = unet(noisy_BChw, t_B, text_BLX, added_cond_kwargs=added).sample
+    error_B = (predicted.float() - noise_BChw.float()).square().mean((1, 2, 3))
+    if min_snr is not None:
+        alpha_B = scheduler.alphas_cumprod.to(t_B.device)[t_B]
+        snr_B = alpha_B / (1 - alpha_B)
+        error_B = error_B * snr_B.clamp(max=min_snr) / snr_B
+    return error_B.mean()

@@ -1,0 +1,111 @@
+"""The models of one EasyRef: base pipeline parts, reference encoder and adapter, loaded by the parameters in force."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from easyref.config import Params, Stage
+from easyref.model.adapter import Adapter
+from easyref.model.reference import ReferenceConfig, ReferenceEncoder, ReferenceProcessor
+from easyref.model.weights import CheckpointConfig
+from easyref.records import sha256_file, sha256_json
+from easyref.seeds import torch_rng
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Models:
+    """Everything a stage trains or needs, on one device."""
+
+    unet: Any
+    vae: Any
+    text_encoders: Sequence[tuple]
+    scheduler: Any
+    encoder: ReferenceEncoder
+    processor: ReferenceProcessor
+    adapter: Adapter
+    accelerator: Any
+    base_hash: str
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def store_dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def autocast(self) -> AbstractContextManager:
+        return self.accelerator.autocast()
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Trainable tensors by their name in a checkpoint."""
+        named = {f"encoder.{n}": p for n, p in self.encoder.named_parameters()}
+        return named | {f"adapter.{n}": p for n, p in self.adapter.named_parameters().items()}
+
+    def checkpoint_config(self, params: Params, stage: Stage, has_mllm: bool) -> CheckpointConfig:
+        rank = stage.lora_rank or None
+        ids = base_ids(params)
+        return CheckpointConfig(
+            reference=self.encoder.config, lora_rank=rank, lora_alpha=float(rank) if rank else None, has_mllm=has_mllm,
+            mllm_id=ids["mllm"][0], mllm_revision=ids["mllm"][1], base_id=ids["diffusion"][0], base_revision=ids["diffusion"][1],
+        )  # fmt: skip
+
+
+def base_ids(params: Params) -> dict[str, tuple[str, str | None]]:
+    """Id and revision of the two base models; folders below the models folder for models trained here."""
+    b = params.base
+    if b.source == "train":
+        return {"diffusion": ("base/diffusion", None), "mllm": ("base/mllm", None)}
+    return {"diffusion": (str(b.diffusion_id), b.diffusion_revision), "mllm": (str(b.mllm_id), b.mllm_revision)}
+
+
+def reference_config(params: Params, mllm_config: Any, cross_attention_dim: int) -> ReferenceConfig:
+    r, vision = params.reference, mllm_config.vision_config
+    return ReferenceConfig(
+        num_tokens=r.num_tokens, cross_attention_dim=cross_attention_dim, prefix_final_norm=r.prefix_final_norm,
+        final_layer_attention=r.final_layer_attention, positions=r.positions, instruction=r.instruction,
+        min_pixels=r.min_pixels, max_pixels=r.max_pixels, max_references=r.max_references, patch_size=vision.patch_size,
+        merge_size=vision.spatial_merge_size, temporal_patch_size=vision.temporal_patch_size,
+    )  # fmt: skip
+
+
+def load_models(params: Params, folder: Path, lora_rank: int | None, precision: str) -> Models:
+    """Base models from `folder/base` (which the stage `base` fills, by training or from the hub) with a fresh EasyRef."""
+    from accelerate import Accelerator
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, Qwen2VLForConditionalGeneration
+
+    diffusion, mllm_folder = folder / "base" / "diffusion", folder / "base" / "mllm"
+    if not (diffusion / "model_index.json").exists():
+        raise FileNotFoundError(f"{diffusion}: no base models; get them with `dvc pull base`, or train them with `easyref base`")
+    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+    frozen = DTYPES[precision]  # frozen weights in compute precision, trained ones in fp32
+
+    def load(cls: Any, name: str, dtype: torch.dtype = frozen) -> Any:
+        return cls.from_pretrained(diffusion, subfolder=name, torch_dtype=dtype).to(accelerator.device).eval().requires_grad_(False)
+
+    unet = load(UNet2DConditionModel, "unet")
+    encoders = [load(CLIPTextModel, "text_encoder"), load(CLIPTextModelWithProjection, "text_encoder_2")]
+    tokenizers = [AutoTokenizer.from_pretrained(diffusion / name) for name in ("tokenizer", "tokenizer_2")]
+    mllm = Qwen2VLForConditionalGeneration.from_pretrained(mllm_folder, dtype=torch.float32)
+    config = reference_config(params, mllm.config, unet.config.cross_attention_dim)
+    encoder = ReferenceEncoder(mllm, config, torch_rng(params.seed, "encoder")).to(accelerator.device)
+    adapter = Adapter.install(
+        unet, config.num_tokens, lora_rank, float(lora_rank) if lora_rank else None, torch_rng(params.seed, "lora")
+    )
+    files = sorted([*diffusion.rglob("*.safetensors"), *mllm_folder.glob("*.safetensors")])
+    return Models(
+        unet=unet, vae=load(AutoencoderKL, "vae", torch.float32), text_encoders=list(zip(tokenizers, encoders, strict=True)),
+        scheduler=DDIMScheduler.from_pretrained(diffusion, subfolder="scheduler"), encoder=encoder,
+        processor=ReferenceProcessor.from_pretrained(str(mllm_folder), config), adapter=adapter, accelerator=accelerator,
+        base_hash=sha256_json([sha256_file(f) for f in files]),
+    )  # fmt: skip

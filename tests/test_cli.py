@@ -1,0 +1,59 @@
+"""Bad input of `easyref generate` is one clear line and a non-zero exit; nothing half-written is left."""
+
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from easyref.images import ImageError, open_image
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "easyref.cli", *arguments], capture_output=True, text=True, timeout=120)
+
+
+def wide_png(path: Path) -> Path:
+    header = struct.pack(">IIBBBBB", 60_000, 10, 8, 2, 0, 0, 0)
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))  # noqa: E731
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: p / "none.png", "no such file"),
+        (lambda p: (p / "text.png", (p / "text.png").write_text("hello"))[0], "not an image"),
+        (lambda p: wide_png(p / "wide.png"), "60000x10 pixels is over the cap"),
+    ],
+)
+def test_bad_reference_is_one_line(tmp_path: Path, make, message: str) -> None:
+    out = tmp_path / "out"
+    result = run("generate", "--ref", str(make(tmp_path)), "--prompt", "a cat", "--out", str(out))
+    assert result.returncode == 2
+    assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    assert not out.exists()
+
+
+def test_missing_reference_option_and_missing_checkpoint(tmp_path: Path) -> None:
+    assert run("generate", "--prompt", "a cat").returncode != 0
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    result = run("generate", "--ref", str(tmp_path / "a.png"), "--model", str(tmp_path / "nothing"))
+    assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1
+
+
+def test_truncated_image_is_an_image_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.effect_noise((64, 64), 50).save(path)
+    path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(ImageError, match="broken image data"):
+        open_image(path)
+
+
+def test_import_of_the_cli_is_light() -> None:
+    code = "import sys, easyref.cli; print([m for m in ('torch', 'polars', 'diffusers', 'transformers', 'PIL') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

@@ -1,0 +1,40 @@
+"""Parameters are complete and typed; a mistake is one line that names the key, the value and the fix."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from easyref.config import ConfigError, load_params, parse_params
+
+PRESETS = sorted(Path("presets").glob("*.yaml"))
+
+
+def nano() -> dict:
+    return yaml.safe_load(Path("presets/nano.yaml").read_text())
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
+def test_presets_are_complete(path: Path) -> None:
+    assert load_params(path).preset == path.stem
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d["pretrain"].update(learningrate=1), "pretrain.learningrate = 1: unknown key; did you mean 'learning_rate'"),
+        (lambda d: d["split"].update(held_out_groups="many"), "split.held_out_groups = 'many'"),
+        (lambda d: d.pop("group"), "group: missing; add it"),
+        (lambda d: d["pretrain"].update(microbatch=5), "microbatch 5 does not divide batch 32"),
+        (lambda d: d["finetune_multi"].update(max_references=99), "finetune_multi.max_references 99 is over"),
+        (lambda d: d["base"].update(source="hub"), "source hub needs exactly diffusion_id"),
+        (lambda d: d["pretrain"].update(drop_image=0.9), "is more than 1; lower them"),
+    ],
+)
+def test_mistakes_name_key_value_and_fix(change, message: str) -> None:
+    values = nano()
+    change(values)
+    with pytest.raises(ConfigError) as error:
+        parse_params(values, "params.yaml")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,89 @@
+"""MRBench's split on the real images: no image, concept, name or near-duplicate crosses from training to evaluation."""
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from easyref.config import load_params
+from easyref.data.captions import SHARED
+from easyref.data.group import group_images
+from easyref.data.shards import ImageStore
+from easyref.data.split import near_pairs, split_images, thumbnails
+
+IMAGES = Path("data/images")
+
+
+@pytest.fixture(scope="module")
+def tables():
+    if not IMAGES.exists():
+        pytest.fail("data/images is missing; run `dvc pull ingest`")
+    params = load_params("presets/nano.yaml")
+    store = ImageStore(IMAGES)
+    return store, split_images(store, group_images(store.table, params.group), params.split, 0), params
+
+
+def test_held_out_concepts_and_names_never_occur_in_training(tables) -> None:
+    store, split, _ = tables
+    side = dict(split["images"].iter_rows())
+    for column in ("concept", "subject"):
+        held_out = {store.rows[s][column] for s, name in side.items() if name == "held_out"}
+        training = {store.rows[s][column] for s, name in side.items() if name != "held_out"}
+        assert len(held_out) > 50
+        assert not held_out & training
+
+
+def test_no_near_duplicate_leaks_into_training(tables) -> None:
+    store, split, params = tables
+    side = dict(split["images"].iter_rows())
+    training = [s for s, name in side.items() if name == "train"]
+    evaluated = [s for s, name in side.items() if name == "held_out"] + split["samples"].filter(split="held_in")["target"].to_list()
+    a, b = thumbnails(store, evaluated), thumbnails(store, training)
+    # independent of near_pairs: explicit differences, in blocks
+    closest = np.concatenate([np.sqrt(((x[None] - b) ** 2).mean(1).min())[None] for x in a])
+    assert closest.min() > params.split.near_duplicate_distance
+
+
+def test_samples_are_leave_one_out_and_hide_what_references_share(tables) -> None:
+    store, split, _ = tables
+    side = dict(split["images"].iter_rows())
+    members = {g["group_id"] + g["split"]: set(g["members"]) for g in split["groups"].iter_rows(named=True)}
+    counts = split["samples"].group_by("split", "kind").len()
+    assert counts["len"].min() >= 20 and len(counts) == 6
+    for s in split["samples"].iter_rows(named=True):
+        assert s["target"] not in s["references"] and 1 < len(s["references"]) <= 6
+        assert side[s["target"]] == s["split"]
+        if s["split"] == "held_in":
+            assert s["target"] not in members[s["group_id"] + "train"]
+        else:
+            assert {s["target"], *s["references"]} <= members[s["group_id"] + "held_out"]
+        label = store.rows[s["target"]]
+        words = set(s["prompt"].replace(",", "").split())
+        for name in SHARED[s["kind"]]:
+            if name in ("style", "tone") and label[name]:
+                assert label[name] not in words
+
+
+def test_split_is_the_same_for_the_same_seed_and_another_for_another(tables) -> None:
+    store, split, params = tables
+    groups = group_images(store.table, params.group)
+    again = split_images(store, groups.sample(fraction=1.0, shuffle=True, seed=1), params.split, 0)
+    other = split_images(store, groups, params.split, 1)
+    for name in split:
+        assert again[name].equals(split[name])
+    assert not other["images"].sort("sha256").equals(split["images"].sort("sha256"))
+
+
+def test_near_pairs_against_explicit_distances() -> None:
+    rng = np.random.default_rng(0)
+    a = rng.integers(0, 255, (40, 768)).astype(np.float32)
+    b = np.concatenate([a[:5] + 1, rng.integers(0, 255, (30, 768)).astype(np.float32)])
+    assert near_pairs(a, b, 2.0, chunk=7) == [(i, i) for i in range(5)]
+
+
+def test_every_image_has_a_licence_and_a_caption() -> None:
+    table = pl.read_parquet(IMAGES / "images.parquet")
+    assert set(table["licence"]) == {"Apache-2.0", "CC-BY-4.0", "MIT"}
+    assert table.filter(pl.col("caption") == "").is_empty()
+    assert table["sha256"].n_unique() == len(table)
