@@ -12,6 +12,7 @@ run: $(VENV)/.installed ## data, training, evaluation, report
 	@easyref summary
 
 test: $(VENV)/.installed ## the tests
+	@dvc pull --quiet ingest base pretrain
 	OMP_NUM_THREADS=1 python -m pytest
 
 lint: $(VENV)/.installed

@@ -13,7 +13,7 @@ from easyref.images import ImageError, open_image
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "easyref.cli", *arguments], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-m", "easyref.cli", *arguments], check=False, capture_output=True, text=True, timeout=120)
 
 
 def wide_png(path: Path) -> Path:
@@ -56,4 +56,4 @@ def test_truncated_image_is_an_image_error(tmp_path: Path) -> None:
 
 def test_import_of_the_cli_is_light() -> None:
     code = "import sys, easyref.cli; print([m for m in ('torch', 'polars', 'diffusers', 'transformers', 'PIL') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == "[]"

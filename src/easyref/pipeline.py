@@ -60,7 +60,8 @@ class EasyRef:
         folder = Path(folder)
         config = weights.read_config(folder)
         place = _base_place(config.mllm_id, Path(base) if base else folder.parent)
-        mllm = Qwen2VLForConditionalGeneration.from_pretrained(place, revision=config.mllm_revision, dtype=dtype)
+        revision: Any = config.mllm_revision
+        mllm = Qwen2VLForConditionalGeneration.from_pretrained(place, revision=revision, dtype=dtype)
         encoder = ReferenceEncoder(mllm, config.reference, torch_rng("attach")).to(pipe.device).eval().requires_grad_(False)
         adapter = Adapter.install(
             pipe.unet, config.reference.num_tokens, config.lora_rank, config.lora_alpha, torch_rng("attach", "lora")

@@ -24,9 +24,7 @@ from easyref.records import read_json
 
 from .conftest import Emoji
 
-PARAMS = Evaluate(
-    steps=2, guidance=1.0, scale=1.0, batch=7, held_out_samples=30, held_in_samples=12, grid_rows=2, bootstrap=1000
-)
+PARAMS = Evaluate(steps=2, guidance=1.0, scale=1.0, batch=7, held_out_samples=30, held_in_samples=12, grid_rows=2, bootstrap=1000)
 LIMITS = {"held_out": PARAMS.held_out_samples, "held_in": PARAMS.held_in_samples}
 
 
@@ -41,8 +39,7 @@ class Answers:
 
     def __post_init__(self) -> None:
         self.right = {
-            frozenset(references): target
-            for target, references in self.emoji.samples.select("target", "references").iter_rows()
+            frozenset(references): target for target, references in self.emoji.samples.select("target", "references").iter_rows()
         }
 
     def __call__(self, requests: list[dict[str, Any]]) -> list[Image.Image]:
@@ -156,9 +153,7 @@ def test_an_image_cut_off_on_disk_is_made_again(emoji: Emoji, tmp_path: Path) ->
     assert len(answers.asked) == 1 and path.read_bytes() == whole
 
 
-def test_a_broken_sample_is_one_line_and_the_rest_is_kept(
-    emoji: Emoji, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_broken_sample_is_one_line_and_the_rest_is_kept(emoji: Emoji, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cases, _ = select_cases(emoji.samples, emoji.images, {"held_out": 8}, 0)
     bad = cases[3]
     prompts = [case.prompt for case in cases]
@@ -247,16 +242,12 @@ def test_a_small_selection_takes_turns_between_kinds_and_groups(emoji: Emoji) ->
     assert len({c.group_id for c in cases}) == 12
 
 
-def test_copying_separates_a_generator_that_pastes_from_one_that_does_not(
-    done: Run, emoji: Emoji, tmp_path: Path
-) -> None:
+def test_copying_separates_a_generator_that_pastes_from_one_that_does_not(done: Run, emoji: Emoji, tmp_path: Path) -> None:
     out = tmp_path / "paste"
     (out).mkdir()
     for name in ("features.safetensors", "evaluators.safetensors"):
         (out / name).symlink_to(done.out / name)
-    result = evaluate(
-        emoji.samples, emoji.images, emoji.load, Answers(emoji, paste=True), PARAMS, seed=0, weights="w", out=out
-    )
+    result = evaluate(emoji.samples, emoji.images, emoji.load, Answers(emoji, paste=True), PARAMS, seed=0, weights="w", out=out)
     assert result["copying"]["held_out"]["right"]["copied_reference"] == 1.0
     assert result["copying"]["held_out"]["right"]["nearer_to_reference"] == 1.0
     honest = done.result["copying"]["held_out"]

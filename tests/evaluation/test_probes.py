@@ -66,9 +66,7 @@ def pairs(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Images and texts that share ten hidden causes through fixed random maps."""
     causes = np.random.default_rng(seed).normal(size=(n, 10))
     maps = np.random.default_rng(99)
-    return (causes @ maps.normal(size=(10, 60))).astype(np.float32), (causes @ maps.normal(size=(10, 40))).astype(
-        np.float32
-    )
+    return (causes @ maps.normal(size=(10, 60))).astype(np.float32), (causes @ maps.normal(size=(10, 40))).astype(np.float32)
 
 
 def test_dual_encoder_learns_which_text_belongs_to_which_image() -> None:

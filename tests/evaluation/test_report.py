@@ -57,10 +57,7 @@ def test_report_is_self_contained_and_says_the_numbers(rows: list[GridRow], tmp_
     assert not re.search(r"<script|https?://|<link|@import|url\(", html)
     assert len(re.findall(r'src="data:image/png;base64,', html)) == html.count("<img") == 2  # the grid and one plot
     text = unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", html)))
-    assert (
-        "With the right references 0.310, better than with another group's (0.100): difference +0.200 [+0.150, +0.250]"
-        in text
-    )
+    assert "With the right references 0.310, better than with another group's (0.100): difference +0.200 [+0.150, +0.250]" in text
     assert "not measurably different from with another" not in text
     assert "With the right references 0.200, not measurably different" in text
     assert "With the right references 0.050, worse than" in text

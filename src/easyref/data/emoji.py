@@ -15,6 +15,7 @@ import tarfile
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -83,7 +84,8 @@ def read_icons(archives: dict[EmojiSet, Path]) -> list[Icon]:
     """All drawings of all sets that have a code point, in a fixed order. Names of sets without code points are looked up
     in the others; a name nobody knows is left out (it might be a held-out concept under another name)."""
     contents = {s: _members(path) for s, path in archives.items()}
-    codes, categories = {}, {}
+    codes: dict[str, str] = {}
+    categories: dict[str, str] = {}
     for content in contents.values():
         by_name = {name: code for code, name in content["chars"].items()}
         for alias, target in content["icons"].get("aliases", {}).items():
@@ -152,7 +154,7 @@ def render(icon: Icon, size: int, palette: int) -> tuple[bytes, str]:
 
 def color_words(rgba: Image.Image, most: int = 3, least_share: float = 0.08) -> list[str]:
     """Up to `most` basic colour terms that cover at least `least_share` of the opaque pixels, largest first."""
-    pixels = np.asarray(rgba, dtype=np.float32).reshape(-1, 4)
+    pixels: Any = np.asarray(rgba, dtype=np.float32).reshape(-1, 4)
     pixels = pixels[pixels[:, 3] > 127][:, :3] / 255
     if len(pixels) == 0:
         return []

@@ -107,9 +107,7 @@ def _check(images: pl.DataFrame) -> None:
         raise ValueError(f"images table: column(s) {', '.join(missing)} missing; join the split stage's table first")
     found = set(images["split"].unique())
     if "train" not in found or not found & set(SPLITS):
-        raise ValueError(
-            f"images table: splits are {sorted(found)}; needs train and {' or '.join(SPLITS)}; run split again"
-        )
+        raise ValueError(f"images table: splits are {sorted(found)}; needs train and {' or '.join(SPLITS)}; run split again")
 
 
 class RealImages:
@@ -308,9 +306,7 @@ def _summary(cases: list[Case], scores: dict[str, dict[str, Array]], resamples: 
     return {**every, "by_kind": by_kind}
 
 
-def _metrics_of(
-    cases: list[Case], scores: dict[str, dict[str, Array]], chosen: Array, resamples: int, seed: int
-) -> dict[str, Any]:
+def _metrics_of(cases: list[Case], scores: dict[str, dict[str, Array]], chosen: Array, resamples: int, seed: int) -> dict[str, Any]:
     groups = np.array([c.group_id for c in cases])
     found: dict[str, Any] = dict.fromkeys(METRICS)
     for name, columns in scores.items():

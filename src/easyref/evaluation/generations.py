@@ -53,9 +53,7 @@ class Case:
         return {"right": self.right, "shuffled": self.shuffled, "none": self.none}[condition]
 
 
-def select_cases(
-    samples: pl.DataFrame, images: pl.DataFrame, limits: dict[str, int], seed: int
-) -> tuple[list[Case], list[str]]:
+def select_cases(samples: pl.DataFrame, images: pl.DataFrame, limits: dict[str, int], seed: int) -> tuple[list[Case], list[str]]:
     """The first `limits[split]` samples of each split in a seeded order that takes turns between the kinds and, within
     a kind, between the groups. Also one line for each sample that cannot be used."""
     missing = [c for c in SAMPLE_COLUMNS if c not in samples.columns]
@@ -135,9 +133,7 @@ def _case(row: dict[str, Any], rows: list[dict[str, Any]], labels: dict[str, dic
     )
 
 
-def _shuffled(
-    row: dict[str, Any], rows: list[dict[str, Any]], labels: dict[str, dict[str, Any]], seed: int
-) -> tuple[str, ...]:
+def _shuffled(row: dict[str, Any], rows: list[dict[str, Any]], labels: dict[str, dict[str, Any]], seed: int) -> tuple[str, ...]:
     """As many references as the sample has, from the first other group in a seeded order that has enough of them; from
     several other groups where none has. Never the target, never one of the right references."""
     if row["kind"] not in MUST_DIFFER:
@@ -157,9 +153,7 @@ def _shuffled(
     enough = [group for group in order if len(donors[group]) >= count][:1] or order
     found = tuple(dict.fromkeys(sha for group in enough for sha in donors[group]))[:count]
     if len(found) < count:
-        raise ValueError(
-            f"sample {row['sample_id']}: other {row['kind']} groups have not {count} references; evaluate more groups"
-        )
+        raise ValueError(f"sample {row['sample_id']}: other {row['kind']} groups have not {count} references; evaluate more groups")
     return found
 
 

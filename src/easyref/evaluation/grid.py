@@ -108,9 +108,7 @@ def _row(canvas: Image.Image, draw: ImageDraw.ImageDraw, row: GridRow, y: int, l
         place = MARGIN + i % 3 * (THUMB + GAP), y + i // 3 * (THUMB + GAP)
         _paste(canvas, draw, image, *place, THUMB)
     if len(row.references) > 6:
-        draw.text(
-            (MARGIN + 3 * (THUMB + GAP) - 2, y + LARGE + 2), f"+{len(row.references) - 6}", SOFT, _font(11), anchor="rt"
-        )
+        draw.text((MARGIN + 3 * (THUMB + GAP) - 2, y + LARGE + 2), f"+{len(row.references) - 6}", SOFT, _font(11), anchor="rt")
     font = _font(13)
     lines = _wrap(row.prompt, font, PROMPT - 24, 6)
     for i, line in enumerate(lines):

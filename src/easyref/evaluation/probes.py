@@ -67,9 +67,7 @@ class ConceptProbe:
     For kind subject the right centre is made of the very images that serve as references: read it with `copying`.
     """
 
-    def __init__(
-        self, features_NE: Array, concepts: Sequence[str] | Array, styles: Sequence[str] | Array, mean_E: Array
-    ) -> None:
+    def __init__(self, features_NE: Array, concepts: Sequence[str] | Array, styles: Sequence[str] | Array, mean_E: Array) -> None:
         features, concept, style = unit(features_NE, mean_E), np.asarray(concepts), np.asarray(styles)
         self.mean_E = mean_E
         self.centres = {s: _centres(features[style != s], concept[style != s]) for s in sorted(set(styles))}
@@ -162,9 +160,7 @@ def retrieval(images_NZ: Array, texts_NZ: Array, labels: Sequence[str] | Array, 
     return float((rank < top).mean())
 
 
-def roc_auc(
-    features_NE: Array, labels: Sequence[str] | Array, styles: Sequence[str] | Array, mean_E: Array
-) -> float | None:
+def roc_auc(features_NE: Array, labels: Sequence[str] | Array, styles: Sequence[str] | Array, mean_E: Array) -> float | None:
     """How well the centred cosine tells "same label, other style" from "other label, other style"; 0.5 = not at all.
 
     None where no label, or only one, is drawn in two styles.

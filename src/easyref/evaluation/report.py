@@ -102,9 +102,7 @@ def _plot(entries: dict[str, Any]) -> Image.Image:
         span = min(values.values()), max(values.values())
         axes.plot(span, [i, i], color="#dfe3e8", linewidth=5, zorder=1, solid_capstyle="round")
         for condition, value in values.items():
-            shape: dict[str, Any] = (
-                {"marker": "|", "s": 190, "linewidth": 3} if condition == "ceiling" else {"marker": "o", "s": 62}
-            )
+            shape: dict[str, Any] = {"marker": "|", "s": 190, "linewidth": 3} if condition == "ceiling" else {"marker": "o", "s": 62}
             label = SHOWN[condition] if i == 0 else None
             axes.scatter(value, i, color=SHADES[condition], label=label, zorder=3, **shape)
     axes.set_yticks(range(len(names)), [LABEL[name] for name in names])

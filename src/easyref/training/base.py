@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +63,7 @@ def download(params: Params, out: Path) -> None:
 # -- VAE ---------------------------------------------------------------------------------------------------------------
 
 
-def build_vae(p: VAE, size: int) -> nn.Module:
+def build_vae(p: VAE, size: int) -> Any:
     from diffusers import AutoencoderKL
 
     levels = len(p.channels)
@@ -73,7 +74,7 @@ def build_vae(p: VAE, size: int) -> nn.Module:
     )  # fmt: skip
 
 
-def vae_loss(vae: nn.Module, pixels_B3HW: torch.Tensor, noise_BChw: torch.Tensor, p: VAE) -> torch.Tensor:
+def vae_loss(vae: Any, pixels_B3HW: torch.Tensor, noise_BChw: torch.Tensor, p: VAE) -> torch.Tensor:
     """L1 + squared error on pixels and on their differences along x and y (sharp edges) + KL to the unit Gaussian."""
     posterior = vae.encode(pixels_B3HW).latent_dist
     out = vae.decode(posterior.mean + posterior.std * noise_BChw).sample
@@ -120,7 +121,7 @@ def train_tokenizer(texts: list[str], vocabulary: int, special: list[str], clip:
     """A byte-level BPE tokenizer trained on `texts`, lower-cased, as a `tokenizers.Tokenizer`."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-    suffix = {"end_of_word_suffix": "</w>"} if clip else {}
+    suffix: dict[str, Any] = {"end_of_word_suffix": "</w>"} if clip else {}
     tokenizer = Tokenizer(models.BPE(**suffix))
     if clip:
         tokenizer.normalizer = normalizers.Lowercase()
@@ -157,7 +158,7 @@ def build_text_encoders(p: TextToImage, texts: list[str], folder: Path):
     return tokenizer, CLIPTextModel(config), CLIPTextModelWithProjection(config)
 
 
-def build_unet(p: TextToImage, latent_channels: int, size: int) -> nn.Module:
+def build_unet(p: TextToImage, latent_channels: int, size: int) -> Any:
     """SDXL's UNet in small: first level without attention, `text_time` added embeddings."""
     from diffusers import UNet2DConditionModel
 
@@ -226,7 +227,7 @@ def train_text_to_image(params: Params, images: TrainingImages, work: Path) -> N
     fingerprint = {"task": "text_to_image", "images": images.content, "seed": seed, "vae": params.base.vae.model_dump()}  # type: ignore[union-attr]
     task = Task("base: text to image", dict(modules.named_parameters()), loss, fingerprint)
     modules.load_state_dict(train(task, p, work / "text_to_image.safetensors"), strict=False)
-    pipe = StableDiffusionXLPipeline(
+    pipe: Any = StableDiffusionXLPipeline(
         vae=vae, text_encoder=encoder_1, text_encoder_2=encoder_2, tokenizer=tokenizer, tokenizer_2=tokenizer, unet=unet,
         scheduler=scheduler, force_zeros_for_empty_prompt=False, add_watermarker=False,
     )  # fmt: skip
@@ -265,7 +266,7 @@ def build_mllm(p: Captioning, size: int, texts: list[str]):
         tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>", additional_special_tokens=SPECIAL[1:]
     )
     tokenizer.chat_template = CHAT_TEMPLATE
-    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
+    ids: dict[str, Any] = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
     half = p.width // p.heads // 2
     sections = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]  # time, height, width: Qwen2-VL's 2:3:3
     config = Qwen2VLConfig(
@@ -314,7 +315,7 @@ def train_captioning(params: Params, images: TrainingImages, work: Path) -> None
         rng = numpy_rng(seed, "captioning", number)
         if rng.random() < p.several_images:
             _, members = images.groups[rng.integers(len(images.groups))]
-            chosen = rng.choice(members, min(len(members), rng.integers(2, p.max_images + 1)), replace=False).tolist()
+            chosen = rng.choice(members, min(len(members), int(rng.integers(2, p.max_images + 1))), replace=False).tolist()
             question, answer = COMMON, caption(common_labels([images.labels[i] for i in chosen]), hide=())
         else:
             chosen = [order[number]]

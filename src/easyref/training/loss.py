@@ -6,6 +6,7 @@ Letters: B batch · L text tokens · C latent channels · h,w latent size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from easyref.seeds import torch_rng
 
 @torch.no_grad()
 def encode_latents(
-    vae: nn.Module, pixels: Callable[[list[int]], torch.Tensor], count: int, device: torch.device | str = "cpu", batch: int = 64
+    vae: Any, pixels: Callable[[list[int]], torch.Tensor], count: int, device: torch.device | str = "cpu", batch: int = 64
 ) -> torch.Tensor:
     """Mean latents of images 0..count-1, scaled for diffusion: float32 [N, C, h, w] in main memory. `pixels(items)` gives
     [B, 3, H, W]. Always the same batches, so that a resumed run gets the same bits."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -18,7 +19,7 @@ from easyref.config import Params, Stage
 from easyref.data.captions import SHARED, caption
 from easyref.data.dataset import TrainingImages
 from easyref.model import weights
-from easyref.model.reference import PrefixStates, ReferenceSample
+from easyref.model.reference import ImagePatches, PrefixStates, ReferenceSample, null_image
 from easyref.progress import use_threads
 from easyref.records import read_table, sha256_file
 from easyref.seeds import Order, numpy_rng
@@ -126,7 +127,7 @@ class Inputs:
                 text, pooled = encode_text(self.models.text_encoders, [prompt])
             return text[0], pooled[0]
 
-        found = [self.text.get_or(prompt, lambda prompt=prompt: make(prompt)) for prompt in prompts]
+        found = [self.text.get_or(prompt, partial(make, prompt)) for prompt in prompts]
         text_BLX, pooled_BP = (torch.stack(list(x)) for x in zip(*found, strict=True))
         return text_BLX, {"text_embeds": pooled_BP, "time_ids": self.time_ids_6.expand(len(prompts), 6)}
 
@@ -137,15 +138,12 @@ class Inputs:
         if not self.frozen_prefix:
             return encoder(processor.batch(inputs).to(self.models.device))
         states = [
-            self.prefix.get_or((s.references, s.prompt), lambda i=i, s=s: self._prefix(i, s))
-            for i, s in zip(inputs, samples, strict=True)
+            self.prefix.get_or((s.references, s.prompt), partial(self._prefix, i, s)) for i, s in zip(inputs, samples, strict=True)
         ]
         return encoder(PrefixStates.collate(states))
 
-    def image_patches(self, item: int):
-        def make():
-            from easyref.model.reference import null_image
-
+    def image_patches(self, item: int) -> ImagePatches:
+        def make() -> ImagePatches:
             return self.models.processor.image(null_image() if item == NULL else self.images.store.image(self.images.sha256s[item]))
 
         return self.patches.get_or(item, make)
@@ -153,10 +151,11 @@ class Inputs:
     @torch.no_grad()
     def _prefix(self, inputs: ReferenceSample, sample: Sample) -> PrefixStates:
         encoder, batch = self.models.encoder, self.models.processor.batch([inputs]).to(self.models.device)
-        embeds = [
-            self.vision.get_or(item, lambda p=p: encoder.vision(p.pixel_values.to(self.models.device), p.grid_thw[None])[0])
-            for item, p in zip(sample.references, inputs.images, strict=True)
-        ]
+
+        def vision(patches: ImagePatches) -> torch.Tensor:
+            return encoder.vision(patches.pixel_values.to(self.models.device), patches.grid_thw[None])[0]
+
+        embeds = [self.vision.get_or(item, partial(vision, p)) for item, p in zip(sample.references, inputs.images, strict=True)]
         return encoder.prefix(batch, embeds)
 
 
@@ -214,9 +213,9 @@ def _loss(models: Models, inputs: Inputs, samples: list[Sample], seed: int, numb
     with models.autocast():
         text_BLX, added = inputs.text_states([s.prompt for s in samples])
         tokens_BTX = inputs.reference_tokens(samples)
-        added["image_embeds"] = [tokens_BTX[:, None]]
+        conditions = {**added, "image_embeds": [tokens_BTX[:, None]]}
         latents_BChw = inputs.latents_NChw[[s.target for s in samples]].to(models.device)
-        return diffusion_loss(models.unet, models.scheduler, latents_BChw, text_BLX, added, seed, numbers)
+        return diffusion_loss(models.unet, models.scheduler, latents_BChw, text_BLX, conditions, seed, numbers)
 
 
 class Validation:
@@ -231,7 +230,11 @@ class Validation:
         place = {s: i for i, s in enumerate(self.images.sha256s)}
         refs = [tuple(place[s] for s in r["references"]) for r in rows]
         targets = [place[r["target"]] for r in rows]
-        conditions = {"right": refs, "shuffled": _shifted(refs, [r["kind"] for r in rows]), "none": [(NULL,)] * len(rows)}
+        conditions: dict[str, list[tuple[int, ...]]] = {
+            "right": refs,
+            "shuffled": _shifted(refs, [r["kind"] for r in rows]),
+            "none": [(NULL,)] * len(rows),
+        }
         self.samples = {
             name: [Sample(t, r, row["prompt"]) for t, r, row in zip(targets, chosen, rows, strict=True)]
             for name, chosen in conditions.items()

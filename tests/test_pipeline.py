@@ -1,0 +1,72 @@
+"""The shipped base and alignment weights make pictures through the public pipeline; requests do not influence each other."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from easyref.pipeline import EasyRef, Request
+
+CHECKPOINT = Path("models/pretrain")
+
+
+@pytest.fixture(scope="module")
+def easyref() -> EasyRef:
+    if not CHECKPOINT.exists():
+        pytest.fail("models/pretrain is missing; run `dvc pull base pretrain`")
+    torch.set_num_threads(1)
+    return EasyRef.from_pretrained(CHECKPOINT)
+
+
+def reference(color: str) -> Image.Image:
+    image = Image.new("RGB", (64, 64), "white")
+    image.paste(color, (16, 16, 48, 48))
+    return image
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+def test_an_image_depends_on_its_own_request_only(easyref: EasyRef) -> None:
+    red = Request("farmer", [reference("red"), reference("darkred")], seed=3)
+    blue = Request("cat face", [reference("blue")], seed=4)
+    together = easyref([red, blue], steps=3, guidance=3.0)
+    alone = easyref([red], steps=3, guidance=3.0)
+    assert together[0].size == (64, 64)
+    assert np.abs(pixels(together[0]) - pixels(alone[0])).max() <= 2  # rounding of batched kernels
+
+
+def test_references_scale_and_seed_each_change_the_image(easyref: EasyRef) -> None:
+    def make(color: str, seed: int = 0, scale: float = 1.0) -> np.ndarray:
+        return pixels(easyref([Request("star", [reference(color)], seed)], steps=3, guidance=2.0, scale=scale)[0])
+
+    same = make("red")
+    np.testing.assert_array_equal(same, make("red"))
+    assert np.abs(same - make("blue")).max() > 0
+    assert np.abs(same - make("red", seed=1)).max() > 0
+    np.testing.assert_array_equal(make("red", scale=0.0), make("blue", scale=0.0))
+
+
+def test_cached_keys_and_values_equal_tokens_in_every_step(easyref: EasyRef) -> None:
+    """The packed payload of `encode` against tokens projected in each step by each layer."""
+    unet = easyref.pipe.unet
+    with torch.no_grad():
+        tokens_BTX = easyref.encoder(easyref.processor([[reference("red")]], ["star"]))
+        payload = easyref.encode([[reference("red")]], ["star"])
+        rng = torch.Generator().manual_seed(0)
+        noisy = torch.randn(1, unet.config.in_channels, 16, 16, generator=rng)
+        text = torch.randn(1, 24, unet.config.cross_attention_dim, generator=rng)
+        added = {"text_embeds": torch.zeros(1, easyref.pipe.text_encoder_2.config.projection_dim), "time_ids": torch.zeros(1, 6)}
+        out = [
+            unet(noisy, 500, text, added_cond_kwargs={**added, "image_embeds": [embeds]}).sample
+            for embeds in (tokens_BTX[:, None], payload)
+        ]
+    torch.testing.assert_close(out[0], out[1], rtol=0, atol=1e-5)
+
+
+def test_too_long_prompt_names_the_limit(easyref: EasyRef) -> None:
+    with pytest.raises(ValueError, match=r"prompt of \d+ tokens is over the text encoder's limit of 24; shorten it"):
+        easyref([Request("a very long prompt " * 30, [reference("red")], 0)])
