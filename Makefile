@@ -8,7 +8,8 @@ export MPLBACKEND = Agg
 
 .PHONY: run test lint clean
 run: $(VENV)/.installed ## data, training, evaluation, report
-	@dvc repro --pull
+	@dvc pull --quiet ingest base pretrain # not `repro --pull`: it takes uncached outputs that are missing for done
+	@dvc repro
 	@easyref summary
 
 test: $(VENV)/.installed ## the tests
