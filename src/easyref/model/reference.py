@@ -271,6 +271,8 @@ class ReferenceEncoder(nn.Module):
             )
         embeds_BLD = embeds_BLD.masked_scatter(is_image_BL[..., None], packed_ND)
         positions_3BL = self._positions(inputs)
+        # A causal LLM never looks at padding on the right, so the mask changes no real token; without it an attention
+        # implementation would have to guess.
         states_BLD = lm(
             inputs_embeds=embeds_BLD, attention_mask=inputs.mask_BL, position_ids=positions_3BL, use_cache=False
         ).last_hidden_state
