@@ -90,7 +90,9 @@ def test_the_right_references_win_and_cover_the_whole_distance(done: Run) -> Non
             entry = done.result[split][name]
             if entry and entry["covered"] is not None:
                 assert entry["covered"] == pytest.approx(1, abs=0.02), (split, name)
-        assert done.result[split]["fidelity"]["right"] == pytest.approx(1, abs=1e-3)
+        fidelity = done.result[split]["fidelity"]
+        assert fidelity["right"] == pytest.approx(1, abs=1e-3)
+        assert fidelity["ceiling"] == done.result[split]["reference_fidelity"]["ceiling"] < 0.6, "not the target itself"
 
 
 def test_numbers_agree_with_the_table_of_scores(done: Run) -> None:
@@ -234,6 +236,28 @@ def test_shuffled_references_are_as_many_and_show_something_else(emoji: Emoji) -
     assert cases == select_cases(emoji.samples.reverse(), emoji.images, {"held_out": 1000, "held_in": 1000}, 0)[0]
     other = select_cases(emoji.samples, emoji.images, {"held_out": 1000, "held_in": 1000}, 1)[0]
     assert {c.sample_id: c.shuffled for c in other} != {c.sample_id: c.shuffled for c in cases}
+
+
+def test_shuffled_references_come_from_a_group_that_shares_something_else() -> None:
+    """Two groups of style A and one of style B: a style-A sample takes from B only, and no more than it needs."""
+    shas = ["a1", "a2", "a3", "a4", "a5", "a6", "b1", "b2", "b3", "b4", "c1", "c2", "c3"]
+    images = pl.DataFrame({"sha256": shas, "style": [sha[0] for sha in shas]})
+
+    def sample(group: str, target: str, references: list[str]) -> dict[str, Any]:
+        about = {"sample_id": group, "group_id": group, "kind": "style", "split": "held_out", "prompt": "x"}
+        return {**about, "target": target, "references": references}
+
+    two_of_a = [sample("A1", "a1", ["a2", "a3"]), sample("A2", "a4", ["a5", "a6"])]
+    for seed in range(10):
+        table = pl.DataFrame([*two_of_a, sample("B", "b1", ["b2", "b3", "b4"])])
+        cases = {c.sample_id: c for c in select_cases(table, images, {"held_out": 9}, seed)[0]}
+        assert cases["A1"].shuffled == cases["A2"].shuffled == ("b2", "b3")
+        assert len(cases["B"].shuffled) == 3 and set(cases["B"].shuffled) < {"a2", "a3", "a5", "a6"}  # from both
+        table = pl.DataFrame([*two_of_a, sample("B", "b1", ["b2"]), sample("C", "c1", ["c2", "c3"])])
+        cases = {c.sample_id: c for c in select_cases(table, images, {"held_out": 9}, seed)[0]}
+        assert cases["A1"].shuffled == ("c2", "c3"), "one group with enough comes before several"
+    cases, problems = select_cases(pl.DataFrame(two_of_a), images, {"held_out": 9}, 0)
+    assert not cases and "evaluate more groups" in problems[0]
 
 
 def test_a_small_selection_takes_turns_between_kinds_and_groups(emoji: Emoji) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from easyref.evaluation.probes import (
     ConceptProbe,
     DualEncoder,
     LinearProbe,
+    contrastive_loss,
     fit_dual,
     fit_linear,
     load_evaluators,
@@ -47,18 +50,18 @@ def test_linear_probe_needs_two_classes() -> None:
 
 
 def test_concept_probe_never_uses_the_target_style() -> None:
-    """In style A the drawings of the two concepts are swapped. Judged by the other styles, A's images look wrong;
-    a probe that used A's own images would call them right."""
+    """In style A, which has most images, the drawings of the two concepts are swapped. Judged by the other styles,
+    A's images look wrong; a probe that used A's own images would call them right."""
     rng = np.random.default_rng(2)
     centre = rng.normal(size=(2, 12))
-    concept, style = np.tile(["cat", "dog"], 15), np.repeat(["A", "B", "C"], 10)
+    concept, style = np.tile(["cat", "dog"], 30), np.repeat(["A", "B", "C"], [40, 10, 10])
     swapped = (concept == "dog") ^ (style == "A")
-    features = centre[swapped.astype(int)] + rng.normal(0, 0.05, (30, 12))
+    features = centre[swapped.astype(int)] + rng.normal(0, 0.05, (60, 12))
     probe = ConceptProbe(features, concept, style, np.zeros(12))
     in_a, in_b = style == "A", style == "B"
     assert (probe.predict(features[in_a], list(style[in_a])) != concept[in_a]).all()
-    only_c = ConceptProbe(features[~in_a], concept[~in_a], style[~in_a], np.zeros(12))
-    assert (only_c.predict(features[in_b], list(style[in_b])) == concept[in_b]).all()
+    others = ConceptProbe(features[~in_a], concept[~in_a], style[~in_a], np.zeros(12))
+    assert (others.predict(features[in_b], list(style[in_b])) == concept[in_b]).all()
     assert probe.candidates("A") == ["cat", "dog"]
 
 
@@ -90,12 +93,17 @@ def test_dual_encoder_never_sees_images_without_a_training_text() -> None:
 
 
 def test_equal_texts_are_no_negatives_of_each_other() -> None:
-    """Two captions only: with false negatives the loss pushes equal pairs apart and the two cannot be told."""
+    """The loss by hand: pair 0 and pair 1 have the same text, so only pair 2 is a negative of theirs."""
     rng = np.random.default_rng(5)
-    label = rng.integers(0, 2, 400)
-    images, texts = rng.normal(size=(2, 30))[label] + rng.normal(0, 0.3, (400, 30)), np.eye(2)[label]
-    dual = fit_dual(images, texts, np.arange(400), steps=80)
-    assert retrieval(dual.images(images), dual.texts(texts), [str(i) for i in label], 1) > 0.98
+    image, text, scale = rng.normal(size=(3, 4)), rng.normal(size=(3, 4)), 1.7
+    text[1] = text[0]
+    logits = scale * image @ text.T
+    others = [[0, 2], [1, 2], [0, 1, 2]]
+    rows = [math.log(sum(math.exp(logits[i, j]) for j in others[i])) - logits[i, i] for i in range(3)]
+    columns = [math.log(sum(math.exp(logits[j, i]) for j in others[i])) - logits[i, i] for i in range(3)]
+    twins = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)
+    loss = contrastive_loss(torch.from_numpy(image), torch.from_numpy(text), scale, twins)
+    assert loss.item() == pytest.approx((sum(rows) + sum(columns)) / 6)
 
 
 def test_retrieval_counts_the_rank_of_the_own_label() -> None:

@@ -141,14 +141,25 @@ def fit_dual(
             group["lr"] = rate * (1 - step / steps)
         pairs = torch.randint(len(t), (batch,), generator=generator)
         image, text = F.normalize(x[of[pairs]] @ maps[0], dim=1), F.normalize(t[pairs] @ maps[1], dim=1)
-        twins = (same[pairs][:, None] == same[pairs][None]) & ~torch.eye(batch, dtype=torch.bool)
-        logits = (log_scale.clamp(max=4.6).exp() * image @ text.T).masked_fill(twins, -torch.inf)
-        loss = (F.cross_entropy(logits, torch.arange(batch)) + F.cross_entropy(logits.T, torch.arange(batch))) / 2
+        twins = same[pairs][:, None] == same[pairs][None]
+        loss = contrastive_loss(image, text, log_scale.clamp(max=4.6).exp(), twins)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     arrays = (image_mean, maps[0].detach().numpy(), text_mean, maps[1].detach().numpy())
     return DualEncoder(*(np.ascontiguousarray(a, np.float32) for a in arrays))
+
+
+def contrastive_loss(image_BZ: Any, text_BZ: Any, scale: Any, twins_BB: Any) -> Any:
+    """Mean of image-to-text and text-to-image cross entropy; `twins` (pairs with the same text) are left out of the
+    negatives."""
+    import torch
+    from torch.nn import functional as F
+
+    own = torch.eye(len(image_BZ), dtype=torch.bool)
+    logits = (scale * image_BZ @ text_BZ.T).masked_fill(twins_BB & ~own, -torch.inf)
+    labels = torch.arange(len(image_BZ))
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
 def retrieval(images_NZ: Array, texts_NZ: Array, labels: Sequence[str] | Array, top: int) -> float:
