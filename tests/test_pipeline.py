@@ -30,10 +30,6 @@ def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image).astype(int)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="known defect: UNet outputs of a batch of different requests differ from single ones by up to 0.09, cause unknown",
-)
 def test_an_image_depends_on_its_own_request_only(easyref: EasyRef) -> None:
     red = Request("farmer", [reference("red"), reference("darkred")], seed=3)
     blue = Request("cat face", [reference("blue")], seed=4)

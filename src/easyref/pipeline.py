@@ -6,7 +6,8 @@ LoRA is merged into the weights, so a step costs the plain UNet plus one attenti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,12 +95,27 @@ class EasyRef:
         payload = torch.cat([self._null_payload(requests), positive]) if guidance > 1 else positive
         self.adapter.set_scale(scale)
         default = self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
-        return self.pipe(
-            prompt=[r.prompt for r in requests], negative_prompt=[r.negative_prompt for r in requests],
-            num_inference_steps=steps, guidance_scale=guidance, height=height or default, width=width or default,
-            generator=[torch.Generator().manual_seed(r.seed) for r in requests], ip_adapter_image_embeds=[payload],
-            **pipe_options,
-        ).images  # fmt: skip
+        with self._embeds_per_request(payload):
+            return self.pipe(
+                prompt=[r.prompt for r in requests], negative_prompt=[r.negative_prompt for r in requests],
+                num_inference_steps=steps, guidance_scale=guidance, height=height or default, width=width or default,
+                generator=[torch.Generator().manual_seed(r.seed) for r in requests], ip_adapter_image_embeds=[payload],
+                **pipe_options,
+            ).images  # fmt: skip
+
+    @contextmanager
+    def _embeds_per_request(self, payload: torch.Tensor) -> Iterator[None]:
+        """Hand `payload` [B or 2B, 1, T, W] to the denoising loop as it is.
+
+        diffusers takes `ip_adapter_image_embeds` for ONE image prompt and repeats it for every prompt of the batch; B of them
+        would become B·B, and every request would see the references of all.
+        """
+        original = self.pipe.prepare_ip_adapter_image_embeds
+        self.pipe.prepare_ip_adapter_image_embeds = lambda *_args, **_kwargs: [payload]
+        try:
+            yield
+        finally:
+            self.pipe.prepare_ip_adapter_image_embeds = original
 
     def check_prompt(self, prompt: str) -> None:
         """ValueError when a text encoder would cut the prompt."""

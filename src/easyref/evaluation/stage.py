@@ -13,7 +13,7 @@ from easyref.evaluation.report import write_report
 from easyref.model.weights import WEIGHTS
 from easyref.pipeline import EasyRef, Request
 from easyref.progress import use_threads
-from easyref.records import read_json, read_table, sha256_file, write_json
+from easyref.records import read_json, read_table, sha256_file, sha256_json, write_json
 
 STAGE = "finetune_multi"
 
@@ -30,7 +30,8 @@ def evaluate_stage(params: Params, data: Path, models: Path, out: Path, work: Pa
     def generate(requests: list[dict]) -> list:
         return easyref([Request(**request) for request in requests], p.steps, p.guidance, p.scale)
 
-    weights = sha256_file(checkpoint / WEIGHTS)
+    files = [checkpoint / WEIGHTS, *sorted((models / "base").rglob("*.safetensors"))]
+    weights = sha256_json([sha256_file(file) for file in files])
     result = evaluate(samples, images, store.image, generate, p, seed=params.seed, weights=weights, out=work)
     write_json(out / "metrics" / "evaluate.json", result)
     cases, _ = select_cases(samples, images, {"held_out": p.held_out_samples}, params.seed)
