@@ -8,8 +8,7 @@ The config also stands in the safetensors header, so that an interrupted overwri
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Literal
 
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from easyref.model.adapter import Adapter
 from easyref.model.reference import ReferenceConfig, ReferenceEncoder
+from easyref.records import atomic_path, write_bytes
 
 FORMAT_VERSION: Final = 1
 WEIGHTS, CONFIG = "easyref.safetensors", "config.json"
@@ -54,8 +54,9 @@ def save(folder: Path, named: Mapping[str, Tensor], config: CheckpointConfig, dt
     folder.mkdir(parents=True, exist_ok=True)
     stored = {name: t.detach().to("cpu", dtype).contiguous() for name, t in named.items()}
     text = config.model_dump_json(indent=2) + "\n"
-    _atomic(folder / WEIGHTS, lambda path: save_file(stored, path, metadata={"format": "pt", "config": text}))
-    _atomic(folder / CONFIG, lambda path: path.write_text(text))
+    with atomic_path(folder / WEIGHTS) as path:
+        save_file(stored, path, metadata={"config": text})  # one key: several are written in no fixed order
+    write_bytes(folder / CONFIG, text.encode())
 
 
 def read_config(folder: Path) -> CheckpointConfig:
@@ -124,23 +125,3 @@ def _check_names(folder: Path, expected: Mapping[str, Tensor], found: Mapping[st
 def _few(kind: str, names: list[str]) -> str:
     rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{kind}: {', '.join(names[:3])}{rest}"
-
-
-def _atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """The file at `path` is the old or the new one, whole, whatever happens."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        _fsync(temporary)
-        os.replace(temporary, path)
-        _fsync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

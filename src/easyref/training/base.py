@@ -22,7 +22,7 @@ from easyref.config import VAE, Captioning, Params, TextToImage
 from easyref.data.captions import LABELS, caption, common_labels
 from easyref.data.dataset import TrainingImages
 from easyref.progress import use_threads
-from easyref.records import atomic_folder
+from easyref.records import atomic_folder, sha256_json
 from easyref.seeds import Order, numpy_rng, torch_rng
 from easyref.training.trainer import Task, train
 
@@ -32,17 +32,31 @@ DESCRIBE, COMMON = "Describe the image.", "What do these images have in common?"
 def base(params: Params, data: Path, out: Path, work: Path) -> None:
     """Train VAE, text-to-image and captioning models and write `out/diffusion` and `out/mllm` (half precision).
 
-    The three trainings are kept in `work` as they finish; the same command goes on where it was.
+    The three trainings are kept in `work` as they finish, under a hash of all they depend on: the same command goes on where it
+    was, a changed parameter starts anew. When the models are written, `work` is removed: the next call trains again.
     """
     print(use_threads(params.threads))
     if params.base.source == "hub":
         return download(params, out)
     images = TrainingImages(data)
+    inputs = [params.base.model_dump(), params.ingest.size, params.reference.instruction, params.seed, images.content]
+    current = work / sha256_json(inputs)[:12]
+    current.mkdir(parents=True, exist_ok=True)
     for part in (train_captioning, train_vae, train_text_to_image):
-        part(params, images, work)
+        part(params, images, current)
     with atomic_folder(out) as folder:
-        shutil.copytree(work / "diffusion", folder / "diffusion")
-        shutil.copytree(work / "mllm", folder / "mllm")
+        shutil.copytree(current / "diffusion", folder / "diffusion")
+        shutil.copytree(current / "mllm", folder / "mllm")
+        _forget_paths(folder)
+    shutil.rmtree(work)
+
+
+def _forget_paths(folder: Path) -> None:
+    """Take out of the config files where on this machine a part was loaded from."""
+    for path in folder.rglob("config.json"):
+        values = json.loads(path.read_text())
+        if values.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def download(params: Params, out: Path) -> None:
@@ -306,7 +320,7 @@ def train_captioning(params: Params, images: TrainingImages, work: Path) -> None
     model, tokenizer, processor = build_mllm(p, params.ingest.size, texts)
     tokens = (params.ingest.size // p.patch // 2) ** 2
     grid = torch.tensor([[1, params.ingest.size // p.patch, params.ingest.size // p.patch]])
-    patches = _patches(images, processor, work)
+    patches = _patches(images, processor)
     order = Order(images.weights, seed, "captioning")
     pad, image_token = tokenizer.pad_token_id, model.config.image_token_id
 
@@ -353,7 +367,7 @@ def train_captioning(params: Params, images: TrainingImages, work: Path) -> None
         processor.save_pretrained(folder)
 
 
-def _patches(images: TrainingImages, processor, work: Path) -> torch.Tensor:
+def _patches(images: TrainingImages, processor) -> torch.Tensor:
     """Vision patches of all training images, half precision [N, P, 3·patch²]."""
     from PIL import Image
 

@@ -160,7 +160,8 @@ class Inputs:
 
 
 def run_stage(params: Params, name: str, data: Path, models_folder: Path, out: Path, work: Path) -> None:
-    """Run one stage of the table and write its checkpoint folder `out`. The same command resumes from `work`."""
+    """Run one stage of the table and write its checkpoint folder `out`. A killed run goes on from its state in `work`; the state
+    of a finished one is removed, so that the next call trains again."""
     spec, p = STAGES[name], getattr(params, name)
     print(use_threads(params.threads))
     models = load_models(params, models_folder, p.lora_rank or None, p.precision)
@@ -180,12 +181,14 @@ def run_stage(params: Params, name: str, data: Path, models_folder: Path, out: P
     fingerprint = {"stage": name, "seed": params.seed, "images": images.content, "start": start, **_stage_values(params, name)}
     validate = Validation(params, models, data)
     task = Task(name, trained, loss, fingerprint, factors, validate)
-    result = train(task, p, work / f"{name}.safetensors")
+    state = work / f"{name}.safetensors"
+    result = train(task, p, state)
     with torch.no_grad():
         for key, parameter in trained.items():
             parameter.copy_(result[key])
     tensors = weights.tensors(models.encoder, models.adapter, with_mllm="mllm" in spec.trains)
     weights.save(out, tensors, models.checkpoint_config(params, p, "mllm" in spec.trains), models.store_dtype)
+    state.unlink()
 
 
 def _stage_values(params: Params, name: str) -> dict[str, Any]:
@@ -240,8 +243,9 @@ class Validation:
             for name, chosen in conditions.items()
         }
 
+        self.inputs = Inputs(models, self.images, frozen_prefix=False)  # once: neither latents nor patches change in training
+
     def __call__(self) -> dict[str, float]:
-        inputs = Inputs(self.models, self.images, frozen_prefix=False)
         result = {}
         for name, samples in self.samples.items():
             losses = []
@@ -249,7 +253,7 @@ class Validation:
                 part = samples[start : start + 32]
                 numbers = [f"validation/{start + i}" for i in range(len(part))]
                 with torch.no_grad():
-                    losses.append(_loss(self.models, inputs, part, self.params.seed, numbers).item() * len(part))
+                    losses.append(_loss(self.models, self.inputs, part, self.params.seed, numbers).item() * len(part))
             result[f"held_out_{name}"] = sum(losses) / len(samples)
         print(" · ".join(f"{k} {v:.5f}" for k, v in result.items()))
         return result
