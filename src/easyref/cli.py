@@ -109,7 +109,7 @@ def evaluate(params: ParamsFile = PARAMS) -> None:
 @app.command()
 def summary() -> None:
     """The last evaluation in three lines, and where its report and picture are."""
-    from easyref.evaluation.stage import summary as text
+    from easyref.evaluation.summary import summary as text
 
     print(text(Path()))
 

@@ -10,10 +10,11 @@ from easyref.evaluation.evaluate import evaluate
 from easyref.evaluation.generations import select_cases
 from easyref.evaluation.grid import grid_png, grid_rows
 from easyref.evaluation.report import write_report
+from easyref.evaluation.summary import summary
 from easyref.model.weights import WEIGHTS
 from easyref.pipeline import EasyRef, Request
 from easyref.progress import use_threads
-from easyref.records import read_json, read_table, sha256_file, sha256_json, write_json
+from easyref.records import read_table, sha256_file, sha256_json, write_json
 
 STAGE = "finetune_multi"
 
@@ -40,19 +41,3 @@ def evaluate_stage(params: Params, data: Path, models: Path, out: Path, work: Pa
         grid_png(rows, out / "reports" / "grid.png")
     write_report(result, rows, out / "reports" / "evaluation.html")
     print(summary(out))
-
-
-def summary(out: Path) -> str:
-    """The result in three lines: what the references bring, and where to look."""
-    result = read_json(out / "metrics" / "evaluate.json")
-    lines = []
-    for split in ("held_out", "held_in"):
-        f = result[split]["fidelity"]
-        if not f:
-            continue
-        s, n = f["right_minus_shuffled"], f["right_minus_none"]
-        lines.append(
-            f"{split}: fidelity {f['right']:.3f} with the right references; over another group's {s['mean']:+.3f} "
-            f"[{s['low']:+.3f}, {s['high']:+.3f}], over none {n['mean']:+.3f} [{n['low']:+.3f}, {n['high']:+.3f}]"
-        )
-    return "\n".join([*lines, "report: reports/evaluation.html", "picture: reports/grid.png"])
