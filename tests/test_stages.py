@@ -1,44 +1,51 @@
-"""The three stages on the shipped base models and a few real images: stopped anywhere and started again they write the same
-bytes, each trains exactly its parts, and a finished stage trains again when asked."""
+"""The three stages on the shipped base models and a few real images: killed with SIGKILL anywhere and started again by the same
+command they write the same bytes and leave nothing behind; a finished stage trains again; each stage trains exactly its parts."""
 
+import itertools
+import json
+import os
 import shutil
+import signal
+import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from easyref.config import Params, parse_params
+from easyref import cli
+from easyref.config import parse_params
 from easyref.data.group import group_images
 from easyref.data.shards import ImageStore
 from easyref.data.split import split_images
+from easyref.model import weights
 from easyref.records import write_table
-from easyref.training import stages
+from easyref.training import stages, state
+from tests.processes import exit_code, start
 
 DATA, MODELS = Path("data"), Path("models")
-TINY = {"images": 12, "batch": 4, "microbatch": 2, "save_images": 4, "warmup_images": 0, "cooldown_images": 0, "ema_images": 4}
+TINY = {"images": 8, "batch": 4, "microbatch": 2, "save_images": 4, "warmup_images": 0, "cooldown_images": 0, "ema_images": 4}
 
 
 @pytest.fixture(scope="module")
-def params() -> Params:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with every 160th concept of the real images, split anew, and the shipped base models."""
     values = yaml.safe_load(Path("presets/nano.yaml").read_text())
     values["threads"] = 1
-    values["split"] |= {"held_out_groups": 3, "held_in_groups": 3, "samples_per_group": 1, "max_references": 2, "held_out_share": 0.2}
+    values["split"] |= {"held_out_groups": 1, "held_in_groups": 1, "samples_per_group": 1, "max_references": 2, "held_out_share": 0.2}
     for name in stages.STAGES:
         values[name] |= TINY
         values[name]["lora_rank"] = 2 if name != "pretrain" else 0
         values[name]["max_references"] = 2 if name == "finetune_multi" else 1
-    return parse_params(values)
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, params: Params) -> Path:
-    """A project with every 40th concept of the real images, split anew, and the shipped base models."""
+    params = parse_params(values)
     place = tmp_path_factory.mktemp("project")
+    (place / "params.yaml").write_text(yaml.safe_dump(values))
     shutil.copytree(DATA / "images", place / "data" / "images")
     table = ImageStore(DATA / "images").table
-    concepts = table["concept"].unique().sort().to_list()[::40]
+    concepts = table["concept"].unique().sort().to_list()[::160]
     write_table(place / "data" / "images" / "images.parquet", table.filter(table["concept"].is_in(concepts)))
     store = ImageStore(place / "data" / "images")
     for name, part in split_images(store, group_images(store.table, params.group), params.split, 0).items():
@@ -48,31 +55,77 @@ def place(tmp_path_factory: pytest.TempPathFactory, params: Params) -> Path:
     return place
 
 
-def run(name: str, params: Params, place: Path) -> bytes:
-    stages.run_stage(params, name, place / "data", place / "models", place / "models" / name, place / "work")
-    return (place / "models" / name / "easyref.safetensors").read_bytes()
+def easyref(place: Path, stage: str, last_write: int = 0) -> None:
+    """`easyref STAGE` in the folder `place`, killed at its `last_write`-th moment of writing: half of a safetensors file is there,
+    another temporary is not renamed yet, a rename is done."""
+    writes, replace = itertools.count(1), Path.replace
+
+    def moment(torn: Path | None = None) -> None:
+        if next(writes) == last_write:
+            if torn:
+                os.truncate(torn, torn.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def saving(tensors: dict, path: Path, metadata: dict) -> None:
+        save_file(tensors, path, metadata)
+        moment(Path(path))
+
+    def replacing(path: Path, target: Path) -> None:
+        if path.suffix != ".safetensors":
+            moment()
+        replace(path, target)
+        moment()
+
+    state.save_file = weights.save_file = saving  # type: ignore[assignment]
+    Path.replace = replacing  # type: ignore[assignment, method-assign]
+    os.chdir(place)
+    sys.argv = ["easyref", stage]
+    cli.main()
 
 
-@pytest.mark.parametrize("name", list(stages.STAGES))
-def test_stopped_and_started_again_writes_the_same_bytes(name, params, place, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = run(name, params, place)
-    assert not (place / "work" / f"{name}.safetensors").exists()  # a finished stage leaves no state: the next call trains
+def results(place: Path, stage: str) -> dict[str, bytes]:
+    """All that a stage leaves: checkpoint, curves, log; and any temporary or state that it should not leave."""
+    found = [*(place / "models" / stage).rglob("*"), *(place / "metrics" / stage).rglob("*"), *(place / ".work").rglob(f"*{stage}*")]
+    return {str(path.relative_to(place)): path.read_bytes() if path.is_file() else b"folder" for path in found}
 
-    calls, loss = [0], stages._loss
 
-    def stopping(models, inputs, samples, seed, numbers):
-        calls[0] += numbers[0].startswith(name)  # not the validation
-        if calls[0] == 5:  # in the third update, with checkpoints of the first two
-            raise KeyboardInterrupt
-        return loss(models, inputs, samples, seed, numbers)
+def whole(place: Path, stage: str) -> tuple[dict[str, bytes], float]:
+    """What a run that nobody disturbs leaves, taken away, and its seconds; it left no state, so the next start trains again."""
+    begin = time.monotonic()
+    assert exit_code(start(easyref, place, stage)) == 0
+    expected = results(place, stage)
+    assert {path.rsplit("/", 1)[1] for path in expected} == {
+        f"{stage}.jsonl", "loss.json", "held_out.json", "config.json", "easyref.safetensors",
+    }  # fmt: skip
+    shutil.rmtree(place / "models" / stage)
+    return expected, time.monotonic() - begin
 
-    monkeypatch.setattr(stages, "_loss", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        run(name, params, place)
-    assert (place / "work" / f"{name}.safetensors").exists()
-    calls[0] = 100
-    assert run(name, params, place) == whole
-    assert calls[0] == 102  # only the two microbatches of the last update ran again
+
+def test_killed_at_every_write_and_started_again_leaves_the_same_bytes(place: Path) -> None:
+    """Each start dies one moment of writing later than the one before, from the first again once the state has moved on."""
+    expected, _ = whole(place, "pretrain")
+    kills, last_write, before, path = 0, 1, b"", place / ".work" / "pretrain.safetensors"
+    while (code := exit_code(start(easyref, place, "pretrain", last_write))) == -signal.SIGKILL and kills < 20:
+        kills += 1
+        now = path.read_bytes() if path.exists() else b""
+        last_write, before = 1 if now != before else last_write + 1, now
+    assert code == 0
+    assert results(place, "pretrain") == expected
+    assert kills == 2 + 4 + 10  # first save; log cut, second save; log cut, weights, config, two curves
+
+
+def test_killed_at_random_and_started_again_leaves_the_same_bytes(place: Path) -> None:
+    assert exit_code(start(easyref, place, "finetune_single")) == 0
+    expected, seconds = whole(place, "finetune_multi")
+    kills, rng = 0, np.random.default_rng()
+    for _ in range(3):
+        process = start(easyref, place, "finetune_multi")
+        process.join(seconds * rng.uniform(0.3, 1))
+        process.kill()
+        kills += exit_code(process) == -signal.SIGKILL
+    assert exit_code(start(easyref, place, "finetune_multi")) == 0
+    assert results(place, "finetune_multi") == expected
+    assert kills
 
 
 def test_each_stage_changes_exactly_its_parts(place: Path) -> None:
@@ -86,3 +139,11 @@ def test_each_stage_changes_exactly_its_parts(place: Path) -> None:
         for part in ("encoder.reference_tokens", "encoder.final_layer.", "encoder.projector.", "adapter.reference_kv."):
             assert any(k.startswith(part) for k in changed), part
     assert any(not torch.equal(single[k], multi[k]) for k in single if k.startswith("encoder.mllm.visual"))
+
+
+def test_curves_have_the_columns_that_dvc_draws(place: Path) -> None:
+    plots = [next(iter(plot.values()))["y"] for plot in yaml.safe_load(Path("dvc.yaml").read_text())["plots"]]
+    drawn = [(place / path, fields) for y in plots for path, fields in y.items() if "metrics/base/" not in path]
+    assert len(drawn) == 3 * len(stages.STAGES)  # loss, learning rate, held-out loss
+    for path, fields in drawn:
+        assert {"seen", *([fields] if isinstance(fields, str) else fields)} <= json.loads(path.read_text())[0].keys()

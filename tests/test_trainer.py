@@ -1,21 +1,18 @@
 """THE loop: killed at any moment and started again it reaches the same bits; batch splits change nothing."""
 
-import os
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import save_file
 
 from easyref.config import Optimisation
 from easyref.seeds import Order, torch_rng
 from easyref.training.trainer import Task, learning_rate, train
+from tests.processes import exit_code, start
 
 PARAMS = {
     "images": 1920, "batch": 8, "microbatch": 8, "learning_rate": 0.01, "weight_decay": 0.01, "warmup_images": 16,
@@ -31,51 +28,50 @@ def task(fingerprint: int = 0) -> Task:
         x = torch.stack([torch.randn(64, generator=torch_rng(0, "x", n)) for n in numbers])
         return (model(x) - x.flip(1)).square().mean()
 
-    return Task("test", dict(model.named_parameters()), loss, {"f": fingerprint})
+    weights = dict(model.named_parameters())
+    return Task("test", weights, loss, {"f": fingerprint}, validate=lambda: {"held_out": weights["0.weight"].sum().item()})
 
 
-CHILD = """
-import sys
-sys.path.insert(0, {tests!r})
-import torch
-torch.set_num_threads(1)
-from pathlib import Path
-from safetensors.torch import save_file
-from easyref.config import Optimisation
-from easyref.training.trainer import train
-from test_trainer import PARAMS, task
-result = train(task(), Optimisation(**PARAMS), Path({state!r}))
-save_file(result, {out!r})
-"""
+def train_and_write(state: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    save_file(train(task(), Optimisation(**PARAMS), state), out)
 
 
 def test_kill_9_and_again_gives_the_same_bits(tmp_path: Path) -> None:
-    expected = train(task(), Optimisation(**PARAMS), tmp_path / "whole" / "state.safetensors")
-    out, state, log = tmp_path / "result.safetensors", tmp_path / "killed" / "state.safetensors", (tmp_path / "killed" / "state.jsonl")
-    script = textwrap.dedent(CHILD.format(tests=str(Path(__file__).parent), state=str(state), out=str(out)))
-    kills = 0
-    rng = np.random.default_rng(0)
-    for _ in range(40):
-        child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert exit_code(start(train_and_write, whole / "state.safetensors", whole / "out.safetensors")) == 0
+    kills, rng, state = 0, np.random.default_rng(), killed / "state.safetensors"
+    while not (killed / "out.safetensors").exists():
         before = state.stat().st_mtime_ns if state.exists() else 0
-        deadline = time.time() + 60
-        while child.poll() is None and time.time() < deadline:  # let it make some progress, then kill it anywhere
-            if state.exists() and state.stat().st_mtime_ns != before:
-                time.sleep(float(rng.uniform(0, 0.03)))
-                break
-            time.sleep(0.001)
-        if child.poll() is None and kills < 4:
-            os.kill(child.pid, signal.SIGKILL)
-            kills += 1
-        child.wait()
-        if out.exists():
-            break
-    assert kills >= 3
-    found = load_file(out)
-    for name, tensor in expected.items():
-        assert torch.equal(tensor, found[name]), name
-    assert log.read_text() == (tmp_path / "whole" / "state.jsonl").read_text()
-    assert not list(state.parent.glob(".*.safetensors")) or len(list(state.parent.glob(".*"))) <= kills
+        process = start(train_and_write, state, killed / "out.safetensors")
+        if kills < 20:  # it makes some progress, then dies anywhere
+            while process.is_alive() and (state.stat().st_mtime_ns if state.exists() else 0) == before:
+                time.sleep(0.001)
+            process.join(rng.uniform(0, 0.1))
+            process.kill()
+        kills += exit_code(process) == -signal.SIGKILL
+    assert kills >= 2
+    assert {path.name for path in killed.iterdir()} == {"state.safetensors", "state.jsonl", "out.safetensors"}
+    for name in ("out.safetensors", "state.jsonl"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_stopped_between_two_rows_of_the_log_goes_on_to_the_same_log(tmp_path: Path) -> None:
+    p = Optimisation(**(PARAMS | {"images": 4800, "batch": 80, "microbatch": 80, "save_images": 2400}))
+    train(task(), p, tmp_path / "whole.safetensors")
+    stopping, state = task(), tmp_path / "stopped.safetensors"
+    loss = stopping.loss
+
+    def stop(numbers: range) -> torch.Tensor:
+        if numbers.start >= 2800:
+            raise KeyboardInterrupt
+        return loss(numbers)
+
+    stopping.loss = stop
+    with pytest.raises(KeyboardInterrupt):
+        train(stopping, p, state)
+    train(task(), p, state)
+    assert state.with_suffix(".jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
 
 
 def test_any_microbatch_gives_the_same_training(tmp_path: Path) -> None:

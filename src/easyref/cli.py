@@ -17,7 +17,7 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
 
-DATA, MODELS = Path("data"), Path("models")
+DATA, MODELS, METRICS = Path("data"), Path("models"), Path("metrics")
 WORK = Path(".work")
 ParamsFile = Annotated[Path, typer.Option("--params", help="Parameter file.")]
 PARAMS = Path("params.yaml")
@@ -69,14 +69,14 @@ def base(params: ParamsFile = PARAMS) -> None:
     from easyref.config import load_params
     from easyref.training.base import base as run
 
-    run(load_params(params), DATA, MODELS / "base", WORK / "base")
+    run(load_params(params), DATA, MODELS / "base", METRICS / "base", WORK / "base")
 
 
 def _stage(name: str, params: Path) -> None:
     from easyref.config import load_params
     from easyref.training.stages import run_stage
 
-    run_stage(load_params(params), name, DATA, MODELS, MODELS / name, WORK)
+    run_stage(load_params(params), name, DATA, MODELS, MODELS / name, METRICS / name, WORK)
 
 
 @app.command()
@@ -149,6 +149,21 @@ def generate(
         path = out / f"{seed + number}.png"
         write_bytes(path, to_png(image))
         print(path)
+
+
+@app.command()
+def plan(
+    params: ParamsFile = PARAMS,
+    tflops: Annotated[float | None, typer.Option(help="Times for a device of so many TFLOP/s, not for the one here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Plain numbers: parameters, bytes, FLOP, seconds.")] = False,
+) -> None:
+    """What the stages would train, in how much memory and about what time; needs neither weights nor network."""
+    from easyref.config import load_params
+
+    values = load_params(params)
+    from easyref.plan import report
+
+    print(report(values, MODELS / "base", tflops, as_json))
 
 
 @app.command()

@@ -162,6 +162,7 @@ class Stage(Optimisation):
     hide_labels: float = Share  # share of prompts that leave out what the references show
     max_references: PositiveInt
     truncate: float = Share  # probability of keeping a random 2..R-1 of R > 2 references
+    min_snr: float | None  # weight of the loss over timesteps; null: the paper's plain mean
     precision: Literal["fp32", "bf16"]
 
     @model_validator(mode="after")

@@ -5,6 +5,7 @@ One rule for every writer of the project: write beside the target, fsync, rename
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -43,14 +44,31 @@ def sha256_json(value: Any) -> str:
     return sha256_bytes(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
 
 
+def clear_temporaries(target: Path) -> None:
+    """Delete what killed writers of `target` left beside it."""
+    for left in target.parent.glob(f"{glob.escape(_prefix(target))}*"):
+        shutil.rmtree(left)
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name}.tmp-"
+
+
+def _temporary_folder(target: Path) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    clear_temporaries(target)
+    return Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
+
+
 @contextmanager
 def atomic_path(target: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `target`; on success fsync it and rename it over `target`, else delete it."""
+    """Yield a temporary path near `target`; on success fsync it and rename it over `target`, else delete it.
+
+    It stands in a folder of its own, since a library may write a temporary beside it in turn (safetensors does).
+    """
     target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
+    folder = _temporary_folder(target)
+    temporary = folder / target.name
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -58,15 +76,14 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
         temporary.chmod(0o644)
         temporary.replace(target)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
 def atomic_folder(target: str | Path) -> Iterator[Path]:
     """Yield a temporary folder beside `target`; on success swap it in. An old `target` survives any failure before that."""
     target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    temporary = _temporary_folder(target)
     try:
         yield temporary
         for file in temporary.rglob("*"):
@@ -75,7 +92,7 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
                     os.fsync(handle.fileno())
         temporary.chmod(0o755)
         if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+            old = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
             target.replace(old / target.name)
             temporary.replace(target)
             shutil.rmtree(old)
@@ -83,6 +100,13 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
             temporary.replace(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder: it goes from its place whole, so that a kill leaves no half of it to be believed."""
+    rest = _temporary_folder(folder)
+    folder.replace(rest / folder.name)
+    shutil.rmtree(rest)
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:

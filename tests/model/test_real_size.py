@@ -13,6 +13,7 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from easyref.model.adapter import Adapter
 from easyref.model.attention import kv_layout, packed_width
 from easyref.model.reference import ReferenceEncoder
+from easyref.model.shapes import DIFFUSION, MLLM
 
 from .conftest import reference_config
 
@@ -25,14 +26,7 @@ def count(parameters: Iterable[nn.Parameter]) -> int:
 def sdxl() -> UNet2DConditionModel:
     """The published unet/config.json of stable-diffusion-xl-base-1.0."""
     with torch.device("meta"):
-        return UNet2DConditionModel(
-            sample_size=128, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280), layers_per_block=2,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20), cross_attention_dim=2048,
-            use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        )  # fmt: skip
+        return UNet2DConditionModel(**DIFFUSION["stabilityai/stable-diffusion-xl-base-1.0"]["unet"])
 
 
 # Cross-attentions: 640 wide: 2 blocks x 2 layers down, 3 x 2 up; 1280 wide: 2 x 10 down, 10 in the middle, 3 x 10 up.
@@ -58,20 +52,7 @@ def test_sdxl_adapter_has_the_published_size(sdxl: UNet2DConditionModel) -> None
 @pytest.mark.parametrize("prefix_final_norm", [False, True])
 def test_qwen2_vl_2b_encoder_has_the_counted_size(prefix_final_norm: bool) -> None:
     with torch.device("meta"):
-        mllm = Qwen2VLForConditionalGeneration(
-            Qwen2VLConfig(
-                text_config={
-                    "vocab_size": 151_936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
-                    "num_attention_heads": 12, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
-                    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-                },
-                vision_config={
-                    "depth": 32, "embed_dim": 1280, "hidden_size": 1536, "num_heads": 16, "mlp_ratio": 4,
-                    "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2,
-                },
-                tie_word_embeddings=True,
-            )
-        )  # fmt: skip
+        mllm = Qwen2VLForConditionalGeneration(Qwen2VLConfig(**MLLM["Qwen/Qwen2-VL-2B-Instruct"]))
     config = reference_config(num_tokens=64, cross_attention_dim=2048, patch_size=14, prefix_final_norm=prefix_final_norm)
     parts = ReferenceEncoder(mllm, config, torch.Generator().manual_seed(0)).parts()
     d, kv, ff = 1536, 2 * 128, 8960

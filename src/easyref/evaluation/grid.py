@@ -145,3 +145,20 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, most: int) -> lis
         else:
             lines.append(word)
     return lines if len(lines) <= most else [*lines[: most - 1], lines[most - 1] + " …"]
+
+
+def text_grid(pairs: Sequence[tuple[str, Image.Image, Image.Image]], columns: int = 6) -> Image.Image:
+    """What the base draws from text alone: prompt, the real image it describes, and the one drawn, `columns` pairs a row."""
+    width, caption = 2 * LARGE + GAP + 22, 54
+    height = caption + LARGE + 18
+    rows = -(-len(pairs) // columns)
+    canvas = Image.new("RGB", (2 * MARGIN + columns * width - 22, 2 * MARGIN + HEAD // 2 + rows * height), "white")
+    draw = ImageDraw.Draw(canvas)
+    draw.text((MARGIN, MARGIN), "From text alone: prompt, a real image of it (left), what the base draws (right)", INK, _font(14, True))
+    for i, (prompt, real, drawn) in enumerate(pairs):
+        x, y = MARGIN + i % columns * width, MARGIN + HEAD // 2 + i // columns * height
+        words = "\n".join(_wrap(prompt, _font(12), 2 * LARGE, 3))
+        draw.text((x, y + caption - 6), words, INK, _font(12), anchor="ld", spacing=3)
+        _paste(canvas, draw, real, x, y + caption, LARGE)
+        _paste(canvas, draw, drawn, x + LARGE + GAP, y + caption, LARGE)
+    return canvas

@@ -22,33 +22,43 @@ from easyref.config import VAE, Captioning, Params, TextToImage
 from easyref.data.captions import LABELS, caption, common_labels
 from easyref.data.dataset import TrainingImages
 from easyref.progress import use_threads
-from easyref.records import atomic_folder, sha256_json
+from easyref.records import atomic_folder, remove_folder, sha256_json, write_bytes
 from easyref.seeds import Order, numpy_rng, torch_rng
+from easyref.training.curves import write_curves
 from easyref.training.trainer import Task, train
 
 DESCRIBE, COMMON = "Describe the image.", "What do these images have in common?"
 
 
-def base(params: Params, data: Path, out: Path, work: Path) -> None:
-    """Train VAE, text-to-image and captioning models and write `out/diffusion` and `out/mllm` (half precision).
+def base(params: Params, data: Path, out: Path, curves: Path, work: Path) -> None:
+    """Train VAE, text-to-image and captioning models and write `out/diffusion` and `out/mllm` (half precision), and into `curves` their
+    training curves and `text.png`, what they draw from text alone.
 
-    The three trainings are kept in `work` as they finish, under a hash of all they depend on: the same command goes on where it
-    was, a changed parameter starts anew. When the models are written, `work` is removed: the next call trains again.
+    Each of the three models is kept in `work` as it finishes, under a hash of all it depends on: the same command goes on where
+    it was, a changed parameter trains anew what it changes. When all are written, `work` is removed: the next call trains again.
     """
     print(use_threads(params.threads))
+    curves.mkdir(parents=True, exist_ok=True)
     if params.base.source == "hub":
         return download(params, out)
     images = TrainingImages(data)
-    inputs = [params.base.model_dump(), params.ingest.size, params.reference.instruction, params.seed, images.content]
-    current = work / sha256_json(inputs)[:12]
-    current.mkdir(parents=True, exist_ok=True)
-    for part in (train_captioning, train_vae, train_text_to_image):
-        part(params, images, current)
+    mllm = train_captioning(params, images, work)
+    vae = train_vae(params, images, work)
+    diffusion = train_text_to_image(params, images, vae, work)
     with atomic_folder(out) as folder:
-        shutil.copytree(current / "diffusion", folder / "diffusion")
-        shutil.copytree(current / "mllm", folder / "mllm")
+        shutil.copytree(diffusion, folder / "diffusion")
+        shutil.copytree(mllm, folder / "mllm")
         _forget_paths(folder)
-    shutil.rmtree(work)
+    write_bytes(curves / "text.png", draw_text_grid(params, images, diffusion))
+    for part in (mllm, vae, diffusion):
+        write_curves(part.with_suffix(".jsonl"), curves, part.name.split("-")[0])
+    remove_folder(work)
+
+
+def _part(name: str, inputs: dict[str, Any], work: Path) -> tuple[Path, dict[str, Any]]:
+    """Folder of one trained model in `work`, named by all it depends on, and the fingerprint of its training."""
+    fingerprint = {"task": name, **inputs}
+    return work / f"{name}-{sha256_json(fingerprint)[:12]}", fingerprint
 
 
 def _forget_paths(folder: Path) -> None:
@@ -98,12 +108,13 @@ def vae_loss(vae: Any, pixels_B3HW: torch.Tensor, noise_BChw: torch.Tensor, p: V
     return error.abs().mean() + error.square().mean() + p.edge_weight * edges + p.kl_weight * kl
 
 
-def train_vae(params: Params, images: TrainingImages, work: Path) -> None:
+def train_vae(params: Params, images: TrainingImages, work: Path) -> Path:
+    """An AutoencoderKL folder."""
     p = params.base.vae
     assert p is not None
-    done = work / "vae"
+    done, fingerprint = _part("vae", {"params": p.model_dump(), "images": images.content, "seed": params.seed}, work)
     if done.exists():
-        return
+        return done
     torch.manual_seed(params.seed)
     vae = build_vae(p, params.ingest.size).to(memory_format=torch.channels_last)
     order = Order(images.weights, params.seed, "vae")
@@ -114,8 +125,7 @@ def train_vae(params: Params, images: TrainingImages, work: Path) -> None:
         noise = torch.stack([torch.randn(p.latent_channels, side, side, generator=torch_rng(params.seed, "vae", n)) for n in numbers])
         return vae_loss(vae, pixels, noise, p)
 
-    fingerprint = {"task": "vae", "images": images.content, "seed": params.seed}
-    tensors = train(Task("base: vae", dict(vae.named_parameters()), loss, fingerprint), p, work / "vae.safetensors")
+    tensors = train(Task("base: vae", dict(vae.named_parameters()), loss, fingerprint), p, done.with_suffix(".safetensors"))
     vae.load_state_dict(tensors, strict=False)
     vae.eval()
     with torch.no_grad():  # so that latents enter diffusion with unit variance, as in SD (scaling_factor)
@@ -126,6 +136,7 @@ def train_vae(params: Params, images: TrainingImages, work: Path) -> None:
     print(f"base: vae reconstructs with mean squared error {error:.4f} on [-1, 1]; latent std {latents.std():.3f}")
     with atomic_folder(done) as folder:
         vae.save_pretrained(folder)
+    return done
 
 
 # -- text to image -----------------------------------------------------------------------------------------------------
@@ -149,9 +160,20 @@ def train_tokenizer(texts: list[str], vocabulary: int, special: list[str], clip:
     return tokenizer
 
 
+def text_config(p: TextToImage, vocabulary: int, **ids: Any) -> Any:
+    """Of both CLIP text encoders; `ids` are the tokenizer's bos_token_id, eos_token_id and pad_token_id."""
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=vocabulary, hidden_size=p.text_width, intermediate_size=4 * p.text_width, projection_dim=p.text_width,
+        num_hidden_layers=p.text_layers, num_attention_heads=p.text_width // p.head_dim, max_position_embeddings=p.text_tokens,
+        **ids,
+    )  # fmt: skip
+
+
 def build_text_encoders(p: TextToImage, texts: list[str], folder: Path):
     """CLIP tokenizer and the two CLIP text encoders (the second with a projection), SDXL's arrangement in small."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     start, end = "<|startoftext|>", "<|endoftext|>"
     vocab_folder = folder / "tokenizer_vocabulary"
@@ -164,11 +186,8 @@ def build_text_encoders(p: TextToImage, texts: list[str], folder: Path):
                             "pad_token": end, "model_max_length": p.text_tokens})
             )  # fmt: skip
     tokenizer = CLIPTokenizer.from_pretrained(vocab_folder)
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=p.text_width, intermediate_size=4 * p.text_width, projection_dim=p.text_width,
-        num_hidden_layers=p.text_layers, num_attention_heads=p.text_width // p.head_dim, max_position_embeddings=p.text_tokens,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = text_config(p, len(tokenizer), **ids)
     return tokenizer, CLIPTextModel(config), CLIPTextModelWithProjection(config)
 
 
@@ -189,12 +208,13 @@ def build_unet(p: TextToImage, latent_channels: int, size: int) -> Any:
 
 
 def noise_schedule():
-    """SDXL's own: scaled linear betas, ε-prediction, DDIM sampling without clipping."""
+    """SDXL's betas rescaled to no signal at the last step, v-prediction and trailing steps (arXiv 2305.08891): where the noise
+    is strong the loss then is the error of the picture itself, which a short training needs and references can lower."""
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
-        steps_offset=1, timestep_spacing="leading", num_train_timesteps=1000,
+        num_train_timesteps=1000, prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing",
     )  # fmt: skip
 
 
@@ -206,16 +226,19 @@ def random_caption(label: dict, rng: np.random.Generator, drop_text: float, drop
     return caption(label, hide={name for name, out in zip(LABELS, chosen, strict=True) if out})
 
 
-def train_text_to_image(params: Params, images: TrainingImages, work: Path) -> None:
+def train_text_to_image(params: Params, images: TrainingImages, vae_folder: Path, work: Path) -> Path:
+    """A StableDiffusionXLPipeline folder with the VAE of `vae_folder`."""
     from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
     from easyref.training.loss import diffusion_loss, encode_latents, encode_text
 
     p, seed = params.base.text_to_image, params.seed
     assert p is not None
-    if (work / "diffusion").exists():
-        return
-    vae = AutoencoderKL.from_pretrained(work / "vae").eval().requires_grad_(False)
+    inputs = {"params": p.model_dump(), "images": images.content, "seed": seed, "vae": vae_folder.name}
+    done, fingerprint = _part("diffusion", inputs, work)
+    if done.exists():
+        return done
+    vae = AutoencoderKL.from_pretrained(vae_folder).eval().requires_grad_(False)
     torch.manual_seed(seed)
     texts = [caption(label, hide=()) for label in images.labels]
     tokenizer, encoder_1, encoder_2 = build_text_encoders(p, texts, work)
@@ -238,15 +261,33 @@ def train_text_to_image(params: Params, images: TrainingImages, work: Path) -> N
         return diffusion_loss(unet, scheduler, latents_NChw[items], text, added, seed, numbers, p.min_snr)
 
     modules = nn.ModuleDict({"unet": unet, "text_encoder": encoder_1, "text_encoder_2": encoder_2})
-    fingerprint = {"task": "text_to_image", "images": images.content, "seed": seed, "vae": params.base.vae.model_dump()}  # type: ignore[union-attr]
     task = Task("base: text to image", dict(modules.named_parameters()), loss, fingerprint)
-    modules.load_state_dict(train(task, p, work / "text_to_image.safetensors"), strict=False)
+    modules.load_state_dict(train(task, p, done.with_suffix(".safetensors")), strict=False)
     pipe: Any = StableDiffusionXLPipeline(
         vae=vae, text_encoder=encoder_1, text_encoder_2=encoder_2, tokenizer=tokenizer, tokenizer_2=tokenizer, unet=unet,
         scheduler=scheduler, force_zeros_for_empty_prompt=False, add_watermarker=False,
     )  # fmt: skip
-    with atomic_folder(work / "diffusion") as folder:
+    with atomic_folder(done) as folder:
         pipe.to(dtype=torch.float16).save_pretrained(folder)
+    return done
+
+
+def draw_text_grid(params: Params, images: TrainingImages, diffusion: Path, count: int = 36, steps: int = 20) -> bytes:
+    """PNG of what the base draws from the captions of `count` training images drawn by seed, beside those images."""
+    from diffusers import StableDiffusionXLPipeline
+    from PIL import Image
+
+    from easyref.evaluation.grid import text_grid
+    from easyref.images import to_png
+
+    pipe: Any = StableDiffusionXLPipeline.from_pretrained(diffusion, torch_dtype=torch.float32, add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    items = [Order(images.weights, params.seed, "text grid")[n] for n in range(count)]
+    prompts = [caption(images.labels[i]) for i in items]
+    noise = [torch_rng(params.seed, "text grid", n) for n in range(count)]
+    size = params.ingest.size
+    drawn = pipe(prompts, height=size, width=size, num_inference_steps=steps, guidance_scale=3.0, generator=noise).images
+    return to_png(text_grid([(p, Image.fromarray(images.pixels[i]), d) for p, i, d in zip(prompts, items, drawn, strict=True)]))
 
 
 # -- captioning --------------------------------------------------------------------------------------------------------
@@ -270,22 +311,15 @@ SPECIAL = [
 ]
 
 
-def build_mllm(p: Captioning, size: int, texts: list[str]):
-    """A small Qwen2-VL with tokenizer (chat template inside) and image processor for `size`-pixel images."""
-    from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+def mllm_config(p: Captioning, ids: dict[str, Any], vocabulary: int) -> Any:
+    """Of the small Qwen2-VL; `ids` are those of the SPECIAL tokens."""
+    from transformers import Qwen2VLConfig
 
-    raw = train_tokenizer(texts, p.vocabulary, SPECIAL, clip=False)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>", additional_special_tokens=SPECIAL[1:]
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    ids: dict[str, Any] = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
     half = p.width // p.heads // 2
     sections = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]  # time, height, width: Qwen2-VL's 2:3:3
-    config = Qwen2VLConfig(
+    return Qwen2VLConfig(
         text_config={
-            "vocab_size": len(tokenizer), "hidden_size": p.width, "intermediate_size": p.intermediate,
+            "vocab_size": vocabulary, "hidden_size": p.width, "intermediate_size": p.intermediate,
             "num_hidden_layers": p.layers, "num_attention_heads": p.heads, "num_key_value_heads": p.kv_heads,
             "max_position_embeddings": 8192, "tie_word_embeddings": True, "rms_norm_eps": 1e-6,
             "bos_token_id": None, "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"],
@@ -298,25 +332,38 @@ def build_mllm(p: Captioning, size: int, texts: list[str]):
         image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"], tie_word_embeddings=True,
     )  # fmt: skip
+
+
+def build_mllm(p: Captioning, size: int, texts: list[str]):
+    """A small Qwen2-VL with tokenizer (chat template inside) and image processor for `size`-pixel images."""
+    from transformers import PreTrainedTokenizerFast, Qwen2VLForConditionalGeneration
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    raw = train_tokenizer(texts, p.vocabulary, SPECIAL, clip=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>", additional_special_tokens=SPECIAL[1:]
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    ids: dict[str, Any] = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
     processor = Qwen2VLImageProcessorPil(
         patch_size=p.patch, merge_size=2, temporal_patch_size=1, min_pixels=size * size, max_pixels=size * size,
         image_mean=[0.5] * 3, image_std=[0.5] * 3,
     )  # fmt: skip
-    return Qwen2VLForConditionalGeneration(config), tokenizer, processor
+    return Qwen2VLForConditionalGeneration(mllm_config(p, ids, len(tokenizer))), tokenizer, processor
 
 
-def train_captioning(params: Params, images: TrainingImages, work: Path) -> None:
+def train_captioning(params: Params, images: TrainingImages, work: Path) -> Path:
+    """A Qwen2VLForConditionalGeneration folder with image processor, tokenizer and chat template."""
     p, seed = params.base.captioning, params.seed
     assert p is not None
-    if (work / "mllm").exists():
-        return
+    instruction = params.reference.instruction
+    inputs = {"params": p.model_dump(), "images": images.content, "seed": seed, "instruction": instruction}
+    done, fingerprint = _part("mllm", inputs, work)
+    if done.exists():
+        return done
     torch.manual_seed(seed)
-    texts = [caption(label, hide=()) for label in images.labels] + [
-        DESCRIBE,
-        COMMON,
-        params.reference.instruction,
-        "user assistant",
-    ]
+    texts = [caption(label, hide=()) for label in images.labels]
+    texts += [DESCRIBE, COMMON, instruction, "user assistant"]
     model, tokenizer, processor = build_mllm(p, params.ingest.size, texts)
     tokens = (params.ingest.size // p.patch // 2) ** 2
     grid = torch.tensor([[1, params.ingest.size // p.patch, params.ingest.size // p.patch]])
@@ -358,13 +405,14 @@ def train_captioning(params: Params, images: TrainingImages, work: Path) -> None
         )  # fmt: skip
         return F.cross_entropy(out.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
 
-    fingerprint = {"task": "captioning", "images": images.content, "seed": seed}
-    tensors = train(Task("base: captioning", dict(model.named_parameters()), loss, fingerprint), p, work / "captioning.safetensors")
+    task = Task("base: captioning", dict(model.named_parameters()), loss, fingerprint)
+    tensors = train(task, p, done.with_suffix(".safetensors"))
     model.load_state_dict(tensors, strict=False)
-    with atomic_folder(work / "mllm") as folder:
+    with atomic_folder(done) as folder:
         model.half().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         processor.save_pretrained(folder)
+    return done
 
 
 def _patches(images: TrainingImages, processor) -> torch.Tensor:

@@ -13,10 +13,12 @@ from torch import nn
 
 from easyref.seeds import torch_rng
 
+ENCODE_BATCH = 64  # images the VAE encodes at once
+
 
 @torch.no_grad()
 def encode_latents(
-    vae: Any, pixels: Callable[[list[int]], torch.Tensor], count: int, device: torch.device | str = "cpu", batch: int = 64
+    vae: Any, pixels: Callable[[list[int]], torch.Tensor], count: int, device: torch.device | str = "cpu", batch: int = ENCODE_BATCH
 ) -> torch.Tensor:
     """Mean latents of images 0..count-1, scaled for diffusion: float32 [N, C, h, w] in main memory. `pixels(items)` gives
     [B, 3, H, W]. Always the same batches, so that a resumed run gets the same bits."""
@@ -56,12 +58,15 @@ def diffusion_loss(
     unet: nn.Module, scheduler, latents_BChw: torch.Tensor, text_BLX: torch.Tensor, added: dict, seed: int,
     numbers: Sequence[object], min_snr: float | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Mean squared error on ε; with `min_snr` each image is weighted by min(SNR, γ)/SNR (arXiv 2303.09556, eq. 5 for ε)."""
+    """Mean squared error on what the model predicts by its scheduler: ε (SDXL) or v (arXiv 2202.00512, the nano base). With
+    `min_snr` = γ each image is weighted by min(SNR, γ)/SNR, under v by min(SNR, γ)/(SNR + 1) (arXiv 2303.09556, §3.4)."""
     noisy_BChw, t_B, noise_BChw = noised(scheduler, latents_BChw, seed, numbers)
+    velocity = scheduler.config.prediction_type == "v_prediction"
+    target_BChw = scheduler.get_velocity(latents_BChw, noise_BChw, t_B) if velocity else noise_BChw
     predicted = unet(noisy_BChw, t_B, text_BLX, added_cond_kwargs=added).sample
-    error_B = (predicted.float() - noise_BChw.float()).square().mean((1, 2, 3))
+    error_B = (predicted.float() - target_BChw.float()).square().mean((1, 2, 3))
     if min_snr is not None:
         alpha_B = scheduler.alphas_cumprod.to(t_B.device)[t_B]
         snr_B = alpha_B / (1 - alpha_B)
-        error_B = error_B * snr_B.clamp(max=min_snr) / snr_B
+        error_B = error_B * snr_B.clamp(max=min_snr) / (snr_B + velocity)
     return error_B.mean()

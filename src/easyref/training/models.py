@@ -78,6 +78,14 @@ def reference_config(params: Params, mllm_config: Any, cross_attention_dim: int)
     )  # fmt: skip
 
 
+def fresh_easyref(params: Params, unet: Any, mllm: Any, lora_rank: int | None) -> tuple[ReferenceEncoder, Adapter]:
+    """Reference encoder over `mllm` and adapter in `unet`, as a stage starts with them; on the devices of the two."""
+    config = reference_config(params, mllm.config, unet.config.cross_attention_dim)
+    encoder = ReferenceEncoder(mllm, config, torch_rng(params.seed, "encoder"))
+    alpha = float(lora_rank) if lora_rank else None
+    return encoder, Adapter.install(unet, config.num_tokens, lora_rank, alpha, torch_rng(params.seed, "lora"))
+
+
 def load_models(params: Params, folder: Path, lora_rank: int | None, precision: str) -> Models:
     """Base models from `folder/base` (which the stage `base` fills, by training or from the hub) with a fresh EasyRef."""
     from accelerate import Accelerator
@@ -97,15 +105,11 @@ def load_models(params: Params, folder: Path, lora_rank: int | None, precision: 
     encoders = [load(CLIPTextModel, "text_encoder"), load(CLIPTextModelWithProjection, "text_encoder_2")]
     tokenizers = [AutoTokenizer.from_pretrained(diffusion / name) for name in ("tokenizer", "tokenizer_2")]
     mllm = Qwen2VLForConditionalGeneration.from_pretrained(mllm_folder, dtype=torch.float32)
-    config = reference_config(params, mllm.config, unet.config.cross_attention_dim)
-    encoder = ReferenceEncoder(mllm, config, torch_rng(params.seed, "encoder")).to(accelerator.device)
-    adapter = Adapter.install(
-        unet, config.num_tokens, lora_rank, float(lora_rank) if lora_rank else None, torch_rng(params.seed, "lora")
-    )
+    encoder, adapter = fresh_easyref(params, unet, mllm.to(accelerator.device), lora_rank)
     files = sorted([*diffusion.rglob("*.safetensors"), *mllm_folder.glob("*.safetensors")])
     return Models(
         unet=unet, vae=load(AutoencoderKL, "vae", torch.float32), text_encoders=list(zip(tokenizers, encoders, strict=True)),
         scheduler=DDIMScheduler.from_pretrained(diffusion, subfolder="scheduler"), encoder=encoder,
-        processor=ReferenceProcessor.from_pretrained(str(mllm_folder), config), adapter=adapter, accelerator=accelerator,
+        processor=ReferenceProcessor.from_pretrained(str(mllm_folder), encoder.config), adapter=adapter, accelerator=accelerator,
         base_hash=sha256_json([sha256_file(f) for f in files]),
     )  # fmt: skip

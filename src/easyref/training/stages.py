@@ -19,10 +19,11 @@ from easyref.config import Params, Stage
 from easyref.data.captions import SHARED, caption
 from easyref.data.dataset import TrainingImages
 from easyref.model import weights
-from easyref.model.reference import ImagePatches, PrefixStates, ReferenceSample, null_image
+from easyref.model.reference import ImagePatches, ReferenceSample, null_image
 from easyref.progress import use_threads
 from easyref.records import read_table, sha256_file
 from easyref.seeds import Order, numpy_rng
+from easyref.training.curves import write_curves
 from easyref.training.loss import diffusion_loss, encode_latents, encode_text
 from easyref.training.models import Models, load_models
 from easyref.training.trainer import Task, train
@@ -107,7 +108,7 @@ class Cache(dict[Hashable, Any]):
 
 
 class Inputs:
-    """Cached encodings of images and prompts on the model's device: latents, text states, patches and prefix states."""
+    """Cached encodings of images and prompts on the model's device: latents, text states, patches and vision tokens."""
 
     def __init__(self, models: Models, images: TrainingImages, frozen_prefix: bool) -> None:
         self.models, self.images, self.frozen_prefix = models, images, frozen_prefix
@@ -115,7 +116,6 @@ class Inputs:
         self.text: Cache = Cache(40_000)
         self.patches: Cache = Cache(20_000)
         self.vision: Cache = Cache(20_000)
-        self.prefix: Cache = Cache(40_000)
         height, width = images.pixels.shape[1:3]
         self.time_ids_6 = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=models.device)
 
@@ -135,12 +135,13 @@ class Inputs:
         """tokens_BTX of the samples, with gradients to whatever is trained."""
         encoder, processor = self.models.encoder, self.models.processor
         inputs = [ReferenceSample([self.image_patches(i) for i in s.references], s.prompt) for s in samples]
+        batch = processor.batch(inputs).to(self.models.device)
         if not self.frozen_prefix:
-            return encoder(processor.batch(inputs).to(self.models.device))
-        states = [
-            self.prefix.get_or((s.references, s.prompt), partial(self._prefix, i, s)) for i, s in zip(inputs, samples, strict=True)
-        ]
-        return encoder(PrefixStates.collate(states))
+            return encoder(batch)
+        with torch.no_grad():
+            embeds = [self.image_embeds(item) for sample in samples for item in sample.references]
+            prefix = encoder.prefix(batch, embeds)
+        return encoder(prefix)
 
     def image_patches(self, item: int) -> ImagePatches:
         def make() -> ImagePatches:
@@ -148,20 +149,19 @@ class Inputs:
 
         return self.patches.get_or(item, make)
 
-    @torch.no_grad()
-    def _prefix(self, inputs: ReferenceSample, sample: Sample) -> PrefixStates:
-        encoder, batch = self.models.encoder, self.models.processor.batch([inputs]).to(self.models.device)
+    def image_embeds(self, item: int) -> torch.Tensor:
+        """Vision tokens [N, D] of one image by the frozen tower."""
 
-        def vision(patches: ImagePatches) -> torch.Tensor:
-            return encoder.vision(patches.pixel_values.to(self.models.device), patches.grid_thw[None])[0]
+        def make() -> torch.Tensor:
+            patches = self.image_patches(item)
+            return self.models.encoder.vision(patches.pixel_values.to(self.models.device), patches.grid_thw[None])[0]
 
-        embeds = [self.vision.get_or(item, partial(vision, p)) for item, p in zip(sample.references, inputs.images, strict=True)]
-        return encoder.prefix(batch, embeds)
+        return self.vision.get_or(item, make)
 
 
-def run_stage(params: Params, name: str, data: Path, models_folder: Path, out: Path, work: Path) -> None:
-    """Run one stage of the table and write its checkpoint folder `out`. A killed run goes on from its state in `work`; the state
-    of a finished one is removed, so that the next call trains again."""
+def run_stage(params: Params, name: str, data: Path, models_folder: Path, out: Path, curves: Path, work: Path) -> None:
+    """Run one stage of the table and write its checkpoint folder `out` and its training `curves`. A killed run goes on from its
+    state in `work`; the state of a finished one is removed, so that the next call trains again."""
     spec, p = STAGES[name], getattr(params, name)
     print(use_threads(params.threads))
     models = load_models(params, models_folder, p.lora_rank or None, p.precision)
@@ -175,7 +175,7 @@ def run_stage(params: Params, name: str, data: Path, models_folder: Path, out: P
 
     def loss(numbers: range) -> torch.Tensor:
         samples = [sampler(n) for n in numbers]
-        return _loss(models, inputs, samples, params.seed, [f"{name}/{n}" for n in numbers])
+        return _loss(models, inputs, samples, params.seed, [f"{name}/{n}" for n in numbers], p.min_snr)
 
     start = sha256_file(models_folder / spec.starts_from / weights.WEIGHTS) if spec.starts_from else models.base_hash
     fingerprint = {"stage": name, "seed": params.seed, "images": images.content, "start": start, **_stage_values(params, name)}
@@ -188,6 +188,7 @@ def run_stage(params: Params, name: str, data: Path, models_folder: Path, out: P
             parameter.copy_(result[key])
     tensors = weights.tensors(models.encoder, models.adapter, with_mllm="mllm" in spec.trains)
     weights.save(out, tensors, models.checkpoint_config(params, p, "mllm" in spec.trains), models.store_dtype)
+    write_curves(state.with_suffix(".jsonl"), curves)
     state.unlink()
 
 
@@ -211,14 +212,14 @@ def _trainable(models: Models, spec: Spec, p: Stage) -> tuple[dict[str, torch.nn
     return trained, factors
 
 
-def _loss(models: Models, inputs: Inputs, samples: list[Sample], seed: int, numbers: list[str]) -> torch.Tensor:
+def _loss(models: Models, inputs: Inputs, samples: list[Sample], seed: int, numbers: list[str], min_snr: float | None) -> torch.Tensor:
     """Mean ε-error of the targets under their references and prompts (method.md §4)."""
     with models.autocast():
         text_BLX, added = inputs.text_states([s.prompt for s in samples])
         tokens_BTX = inputs.reference_tokens(samples)
         conditions = {**added, "image_embeds": [tokens_BTX[:, None]]}
         latents_BChw = inputs.latents_NChw[[s.target for s in samples]].to(models.device)
-        return diffusion_loss(models.unet, models.scheduler, latents_BChw, text_BLX, conditions, seed, numbers)
+        return diffusion_loss(models.unet, models.scheduler, latents_BChw, text_BLX, conditions, seed, numbers, min_snr)
 
 
 class Validation:
@@ -253,7 +254,7 @@ class Validation:
                 part = samples[start : start + 32]
                 numbers = [f"validation/{start + i}" for i in range(len(part))]
                 with torch.no_grad():
-                    losses.append(_loss(self.models, self.inputs, part, self.params.seed, numbers).item() * len(part))
+                    losses.append(_loss(self.models, self.inputs, part, self.params.seed, numbers, None).item() * len(part))
             result[f"held_out_{name}"] = sum(losses) / len(samples)
         print(" · ".join(f"{k} {v:.5f}" for k, v in result.items()))
         return result

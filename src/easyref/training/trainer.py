@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from torch import nn
 
 from easyref.config import Optimisation
 from easyref.progress import bar
-from easyref.records import sha256_json
+from easyref.records import clear_temporaries, sha256_json, write_bytes
 from easyref.training.state import load_optimizer, load_state, optimizer_tensors, save_state
 
 
@@ -56,12 +56,15 @@ def train(task: Task, p: Optimisation, state_path: Path) -> dict[str, torch.Tens
     optimizer = torch.optim.AdamW(_groups(task), lr=p.learning_rate, betas=(0.9, 0.99), weight_decay=p.weight_decay, fused=True)
     average = [w.detach().clone() for w in weights] if p.ema_images else []
     fingerprint = sha256_json({**task.fingerprint, "optimisation": p.model_dump()})
-    seen = 0
+    seen, saved = 0, -1
+    losses: list[float] = []  # of the updates since the last row of the log
     log = state_path.with_suffix(".jsonl")
+    clear_temporaries(state_path)
     if state_path.exists():
         tensors, counters = load_state(state_path)
         if counters["fingerprint"] == fingerprint:
-            seen = counters["seen"]
+            seen = saved = counters["seen"]
+            losses = counters.get("losses", [])
             _restore(task.parameters, average, tensors)
             load_optimizer(optimizer, names, tensors)
             _cut_log(log, seen)
@@ -72,16 +75,16 @@ def train(task: Task, p: Optimisation, state_path: Path) -> dict[str, torch.Tens
         log.unlink(missing_ok=True)
 
     progress = bar(p.images, task.name, initial=seen)
-    losses: list[float] = []
     while True:
         last = seen >= p.images
-        if task.validate and (last or seen % p.save_images == 0):
+        pause = seen != saved and (last or seen % p.save_images == 0)
+        if pause and task.validate:
             _log(log, {"seen": seen, **task.validate()})
-        if last or (seen and seen % p.save_images == 0):
+        if pause and seen:
             tensors = {f"weights/{n}": w for n, w in task.parameters.items()}
             tensors |= {f"average/{names[w]}": a for w, a in zip(weights, average, strict=False)}
             tensors |= optimizer_tensors(optimizer, names)
-            save_state(state_path, tensors, {"seen": seen, "fingerprint": fingerprint, "time": time.time()})
+            save_state(state_path, tensors, {"seen": seen, "losses": losses, "fingerprint": fingerprint, "time": time.time()})
         if last:
             break
         # -- single training step -----------------------------------------------------------------------------
@@ -105,7 +108,7 @@ def train(task: Task, p: Optimisation, state_path: Path) -> dict[str, torch.Tens
         # ------------------------------------------------------------------------------------------------------
         losses.append(total)
         progress.update(p.batch)
-        if len(losses) * p.batch >= min(p.save_images, 1600):
+        if len(losses) * p.batch >= min(p.save_images, 1600) or seen >= p.images:
             mean = sum(losses) / len(losses)
             progress.set_postfix(loss=f"{mean:.4f}")
             _log(log, {"seen": seen, "loss": mean, "learning_rate": rate})
@@ -139,5 +142,6 @@ def _log(path: Path, row: dict) -> None:
 def _cut_log(path: Path, seen: int) -> None:
     """Drop log rows after `seen`: they will be written again, with the same values."""
     if path.exists():
-        rows: Iterable[str] = path.read_text().splitlines()
-        path.write_text("".join(f"{row}\n" for row in rows if row.endswith("}") and json.loads(row)["seen"] <= seen))
+        rows = path.read_text().splitlines()
+        kept = [f"{row}\n" for row in rows if row.endswith("}") and json.loads(row)["seen"] <= seen]
+        write_bytes(path, "".join(kept).encode())

@@ -1,0 +1,351 @@
+"""`easyref plan`: what the stages would train, in how much memory and time, before anything is downloaded or run.
+
+Every model is built by the code of a real run, but on torch's meta device: shapes and dtypes without weights. `_trainable` chooses
+the trained tensors, and one microbatch is measured forward and backward (meter.py); so a frozen part that only passes gradients
+on costs here what it costs there.
+
+Units: parameters, bytes, FLOP (a multiply-add is two), seconds; on one device.
+Letters: B batch · L tokens of the MLLM · D its width · T reference tokens · W packed keys and values · C,h,w latents.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+from easyref.config import Captioning, Optimisation, Params, TextToImage
+from easyref.evaluation.generations import CONDITIONS
+from easyref.meter import matmul_rate, measure
+from easyref.model import shapes
+from easyref.model.attention import kv_layout, packed_width
+from easyref.model.reference import PrefixStates
+from easyref.progress import use_threads
+from easyref.training import base
+from easyref.training.loss import ENCODE_BATCH, diffusion_loss, encode_text
+from easyref.training.models import DTYPES, Models, fresh_easyref
+from easyref.training.stages import STAGES, _trainable
+
+META = torch.device("meta")
+EFFICIENCY = 0.5  # share of a matrix product's speed that a training reaches: 0.51 to 0.54 in the nano stages on one CPU core
+CHAT_TOKENS, TOKENS_A_REFERENCE = 20, 2  # of the chat form: around the message, around each image
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training, or the images that `evaluate` makes."""
+
+    name: str
+    images: int
+    batch: int
+    microbatch: int
+    references: int  # of a sample, at most
+    precision: str
+    trained: int  # parameters
+    frozen: int
+    weights: int  # bytes of all parameters and buffers, in the dtypes of the run
+    optimizer: int  # bytes of gradients, both moments of AdamW and the weight average
+    activations: int  # bytes: the most that forward and backward of one microbatch hold besides
+    encode: int  # bytes: the most that encoding the images to latents holds, when there is no optimizer yet
+    flop: float  # of one image
+
+    @property
+    def memory(self) -> int:
+        return self.weights + max(self.optimizer + self.activations, self.encode)
+
+    def seconds(self, rate: float) -> float:
+        """On a device with `rate` FLOP/s of large matrix products."""
+        return self.images * self.flop / (rate * EFFICIENCY)
+
+
+def plan(params: Params, folder: Path) -> tuple[dict[str, int], dict[str, list[Row]]]:
+    """Parameters of the base models, and all stages in order with what they train or make. `folder`: models/base."""
+    sizes = {name: _count([model]) for name, model in base_models(params, folder).items()}
+    stages: dict[str, list[Row]] = {"ingest": [], "group": [], "split": [], "base": base_rows(params, folder)}
+    models = cache(partial(easyref_models, params, folder))  # LoRA of the full rank takes seconds to put in
+    stages |= {name: [stage_row(params, name, models)] for name in STAGES}
+    return sizes, stages | {"evaluate": [evaluate_row(params, models(None, "fp32"))]}
+
+
+# -- models on the meta device -----------------------------------------------------------------------------------------
+
+
+def base_models(params: Params, folder: Path) -> dict[str, Any]:
+    """vae, unet, text_encoder, text_encoder_2, mllm in fp32: as training/base.py builds them, or as the hub has them."""
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, Qwen2VLForConditionalGeneration
+
+    b, size = params.base, params.ingest.size
+    with META:
+        if b.source == "hub":
+            return shapes.build(shapes.configs(str(b.diffusion_id), str(b.mllm_id), folder))
+        assert b.vae and b.text_to_image and b.captioning
+        text = base.text_config(b.text_to_image, b.text_to_image.vocabulary, bos_token_id=1, eos_token_id=0, pad_token_id=0)
+        mllm = base.mllm_config(b.captioning, {name: i for i, name in enumerate(base.SPECIAL)}, b.captioning.vocabulary)
+        return {
+            "vae": base.build_vae(b.vae, size),
+            "unet": base.build_unet(b.text_to_image, b.vae.latent_channels, size // 2 ** (len(b.vae.channels) - 1)),
+            "text_encoder": CLIPTextModel(text),
+            "text_encoder_2": CLIPTextModelWithProjection(text),
+            "mllm": Qwen2VLForConditionalGeneration(mllm),
+        }
+
+
+def easyref_models(params: Params, folder: Path, lora_rank: int | None, precision: str) -> Models:
+    """What `load_models` gives, in the same dtypes, without weights."""
+    m = base_models(params, folder)
+    for name, model in m.items():
+        if name in ("unet", "text_encoder", "text_encoder_2"):
+            nn.Module.to(model, DTYPES[precision])  # diffusers' own `to` warns
+        model.eval().requires_grad_(name == "mllm")
+    encoder, adapter = fresh_easyref(params, m["unet"], m["mllm"], lora_rank)
+    none: Any = None
+    return Models(
+        unet=m["unet"], vae=m["vae"], text_encoders=_text_encoders(m), scheduler=base.noise_schedule(), encoder=encoder,
+        processor=none, adapter=adapter, accelerator=none, base_hash="",
+    )  # fmt: skip
+
+
+# -- trainings ---------------------------------------------------------------------------------------------------------
+
+
+def base_rows(params: Params, folder: Path) -> list[Row]:
+    """The three trainings of training/base.py, in its order; none if the base models come from the hub."""
+    b, size = params.base, params.ingest.size
+    if b.source == "hub":
+        return []
+    assert b.vae and b.text_to_image and b.captioning
+    p_vae, p_image, p_text = b.vae, b.text_to_image, b.captioning
+    m = base_models(params, folder)
+    drawing = nn.ModuleList([m["unet"], m["text_encoder"], m["text_encoder_2"]])
+
+    def vae_loss() -> Tensor:
+        pixels_B3HW = torch.empty(p_vae.microbatch, 3, size, size, device=META)
+        return base.vae_loss(m["vae"], pixels_B3HW, _latents(params, m["vae"], p_vae.microbatch), p_vae)
+
+    def row(name: str, p: Optimisation, trains: nn.Module, loss: Callable[[], Tensor], references: int, vae: list[Any]) -> Row:
+        return _row(params, f"base: {name}", p, [trains, *vae], trains.parameters(), loss, references, "fp32", *vae or [None])
+
+    return [
+        row("captioning", p_text, m["mllm"], lambda: _caption_loss(params, m, p_text), p_text.max_images, []),
+        row("vae", p_vae, m["vae"], vae_loss, 0, []),
+        row("text to image", p_image, drawing, lambda: _image_loss(params, m, p_image), 0, [m["vae"]]),
+    ]
+
+
+def _caption_loss(params: Params, m: dict[str, Any], p: Captioning) -> Tensor:
+    """Samples of one image and of several (here: of the most) apart, as in training/base.py."""
+    several, losses = round(p.microbatch * p.several_images), []
+    for batch, images in ((p.microbatch - several, 1), (several, p.max_images)):
+        if batch:
+            states_BLD = _mllm_states(params, m["mllm"].model, batch, images, m["text_encoder"].config.max_position_embeddings)
+            labels_N = torch.empty(states_BLD.shape[:2], dtype=torch.int64, device=META).flatten()
+            losses.append(F.cross_entropy(m["mllm"].lm_head(states_BLD).flatten(0, 1).float(), labels_N))
+    return torch.stack(losses).sum()
+
+
+def _image_loss(params: Params, m: dict[str, Any], p: TextToImage) -> Tensor:
+    text_BLX, added = _text_states(_text_encoders(m), p.microbatch)
+    latents_BChw = _latents(params, m["vae"], p.microbatch)
+    return diffusion_loss(m["unet"], base.noise_schedule(), latents_BChw, text_BLX, added, 0, range(p.microbatch), p.min_snr)
+
+
+def stage_row(params: Params, name: str, make: Callable[[int | None, str], Models]) -> Row:
+    """One of the three stages, with the most references in every sample; what a run caches is computed once an image."""
+    p = getattr(params, name)
+    models = make(p.lora_rank or None, p.precision)
+    trained, _ = _trainable(models, STAGES[name], p)
+
+    def loss() -> Tensor:
+        text_BLX, added = _text_states(models.text_encoders, p.microbatch)
+        prompt = models.text_encoders[0][0].model_max_length
+        states_BLD = _mllm_states(params, models.encoder.mllm, p.microbatch, p.max_references, prompt)
+        mask_BL = torch.ones(states_BLD.shape[:2], dtype=torch.int64, device=META)
+        tokens_BTX = models.encoder(PrefixStates(states_BLD, mask_BL, mask_BL.expand(3, -1, -1)))
+        conditions = {**added, "image_embeds": [tokens_BTX[:, None]]}
+        latents_BChw = _latents(params, models.vae, p.microbatch)
+        return diffusion_loss(models.unet, models.scheduler, latents_BChw, text_BLX, conditions, 0, range(p.microbatch), p.min_snr)
+
+    return _row(params, name, p, _modules(models), trained.values(), loss, p.max_references, p.precision, models.vae)
+
+
+def evaluate_row(params: Params, models: Models) -> Row:
+    """The images that are generated: fp32, LoRA merged, packed keys and values. The judges come on top."""
+    p, references = params.evaluate, params.finetune_multi.max_references
+    rows, width_W = p.batch * (2 if p.guidance > 1 else 1), packed_width(kv_layout(models.unet))
+    latents_BChw, step_1 = _latents(params, models.vae, rows), torch.empty(1, device=META)
+    with torch.no_grad():
+        text_BLX, added = _text_states(models.text_encoders, rows)
+        conditions = {**added, "image_embeds": [torch.empty(rows, 1, params.reference.num_tokens, width_W, device=META)]}
+        prompt = models.text_encoders[0][0].model_max_length
+        read = measure(lambda: _mllm_states(params, models.encoder.mllm, p.batch, references, prompt), "fp32")
+        step = measure(lambda: models.unet(latents_BChw, step_1, text_BLX, added_cond_kwargs=conditions).sample, "fp32")
+        decode = measure(lambda: models.vae.decode(latents_BChw[: p.batch]).sample, "fp32")
+    return Row(
+        name="evaluate", images=(p.held_out_samples + p.held_in_samples) * len(CONDITIONS), batch=p.batch, microbatch=p.batch,
+        references=references, precision="fp32", trained=0, frozen=_count(_modules(models)), weights=_bytes(_modules(models)),
+        optimizer=0, activations=max(read.peak, step.peak, decode.peak), encode=0,
+        flop=(read.flop + p.steps * step.flop + decode.flop) / p.batch,
+    )  # fmt: skip
+
+
+def _row(
+    params: Params, name: str, p: Optimisation, modules: Sequence[nn.Module], trained: Iterable[nn.Parameter],
+    loss: Callable[[], Tensor], references: int, precision: str, vae: Any | None,
+) -> Row:  # fmt: skip
+    """Measure one microbatch of a training of `trained` while `modules` are in memory; `vae`: what encodes the images first."""
+    parameters, encode = list(trained), 0
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter)  # as after the first microbatch: gradients add up in place
+    cost = measure(loss, precision)
+    if vae is not None:
+        pixels_B3HW = torch.empty(ENCODE_BATCH, 3, params.ingest.size, params.ingest.size, device=META)
+        with torch.no_grad():
+            encode = measure(lambda: vae.encode(pixels_B3HW).latent_dist.mean, "fp32").peak
+    copies = 1 + 2 + (p.ema_images > 0)  # gradient, AdamW's moments, weight average: each in the dtype of its weight
+    count = sum(w.numel() for w in parameters)
+    return Row(
+        name=name, images=p.images, batch=p.batch, microbatch=p.microbatch, references=references, precision=precision,
+        trained=count, frozen=_count(modules) - count, weights=_bytes(modules), optimizer=copies * sum(w.nbytes for w in parameters),
+        activations=cost.peak, encode=encode, flop=cost.flop / p.microbatch,
+    )  # fmt: skip
+
+
+# -- inputs of one microbatch, as shapes -------------------------------------------------------------------------------
+
+
+class _Tokenizer:
+    """Token ids of the right shape, for `encode_text`."""
+
+    def __init__(self, length: int) -> None:
+        self.model_max_length = length
+
+    def __call__(self, captions: Sequence[str], **_: Any) -> Any:
+        return SimpleNamespace(input_ids=torch.zeros(len(captions), self.model_max_length, dtype=torch.int64, device=META))
+
+
+def _text_encoders(m: dict[str, Any]) -> list[tuple]:
+    return [(_Tokenizer(e.config.max_position_embeddings), e) for e in (m["text_encoder"], m["text_encoder_2"])]
+
+
+def _text_states(text_encoders: Sequence[tuple], batch: int) -> tuple[Tensor, dict[str, Any]]:
+    """Text states [B, L, X] and SDXL's added conditions."""
+    text_BLX, pooled_BP = encode_text(text_encoders, [""] * batch)
+    return text_BLX, {"text_embeds": pooled_BP, "time_ids": torch.empty(batch, 6, device=META)}
+
+
+def _latents(params: Params, vae: Any, batch: int) -> Tensor:
+    """[B, C, h, w]."""
+    side = params.ingest.size // 2 ** (len(vae.config.block_out_channels) - 1)
+    return torch.empty(batch, vae.config.latent_channels, side, side, device=META)
+
+
+def _mllm_states(params: Params, core: Any, batch: int, references: int, prompt_tokens: int) -> Tensor:
+    """States [B, L, D] of the MLLM's layers in `core`: `ReferenceEncoder.prefix` without what looks at values, which meta tensors
+    do not have. References are square."""
+    r, vision, lm = params.reference, core.config.vision_config, core.language_model
+    factor = vision.patch_size * vision.spatial_merge_size
+    height, width = smart_resize(params.ingest.size, params.ingest.size, factor, r.min_pixels, r.max_pixels)
+    grid_3 = torch.tensor([1, height // vision.patch_size, width // vision.patch_size])
+    patch_width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    patches = batch * references * int(grid_3.prod())
+    pixels, places = torch.empty(patches, patch_width, device=META), torch.zeros(patches, 2, dtype=torch.int64, device=META)
+    grids = grid_3.expand(batch * references, 3)
+    images = core.get_image_features(pixels, grids, position_ids=places, return_dict=True).pooler_output
+    text = _text_tokens(r.instruction, references, prompt_tokens)
+    text_BLD = lm.embed_tokens(torch.zeros(batch, text, dtype=torch.int64, device=META))
+    embeds_BLD = torch.cat([torch.cat(list(images)).to(text_BLD).unflatten(0, (batch, -1)), text_BLD], dim=1)
+    length = embeds_BLD.shape[1]
+    mask_B1LL = torch.ones(batch, 1, length, length, dtype=torch.bool, device=META) if batch > 1 else None  # a batch has padding
+    positions_3BL = torch.zeros(3, batch, length, dtype=torch.int64, device=META)
+    return lm(inputs_embeds=embeds_BLD, attention_mask=mask_B1LL, position_ids=positions_3BL, use_cache=False).last_hidden_state
+
+
+def _text_tokens(instruction: str, references: int, prompt_tokens: int) -> int:
+    """L without image tokens, about: a token a word, and a prompt of the most tokens that the text encoders take."""
+    return CHAT_TOKENS + TOKENS_A_REFERENCE * references + len(instruction.split()) + prompt_tokens
+
+
+def _modules(models: Models) -> list[nn.Module]:
+    return [models.unet, models.vae, models.encoder, *(encoder for _, encoder in models.text_encoders)]
+
+
+def _count(modules: Sequence[nn.Module]) -> int:
+    return sum(p.numel() for m in modules for p in m.parameters())
+
+
+def _bytes(modules: Sequence[nn.Module]) -> int:
+    return sum(t.nbytes for m in modules for t in (*m.parameters(), *m.buffers()))
+
+
+# -- output ------------------------------------------------------------------------------------------------------------
+
+HEAD = ("", "images", "batch", "refs", "trained", "frozen", "weights", "optimizer", "activations", "memory", "FLOP/image", "time")
+FOOT = f"""\
+batch: images an update / at once in memory · refs: references of a sample, at most; memory and time take that many
+optimizer: gradients, moments, weight average · activations: the most that one forward and backward hold besides
+memory: the three together, or (*) weights and the VAE while it encodes {ENCODE_BATCH} images before the training, if that is more;
+without workspaces, fragmentation, validation · time: about; without validation, data and the VAE's encoding"""
+
+
+def report(params: Params, folder: Path, tflops: float | None, as_json: bool) -> str:
+    """The plan as a table of 120 columns or as JSON; times are for a device of `tflops` TFLOP/s, None: for the one at hand."""
+    if tflops is not None and tflops <= 0:
+        raise ValueError(f"--tflops {tflops:g}: give the TFLOP/s that a large matrix product reaches on the device, above 0")
+    device = "given" if tflops else "cuda" if torch.cuda.is_available() else "cpu"
+    use_threads(params.threads)
+    sizes, stages = plan(params, folder)
+    precisions = sorted({row.precision for rows in stages.values() for row in rows})
+    rates = {name: tflops * 1e12 if tflops else matmul_rate(torch.device(device), DTYPES[name]) for name in precisions}
+    if as_json:
+        values = {n: [asdict(r) | {"memory": r.memory, "seconds": r.seconds(rates[r.precision])} for r in s] for n, s in stages.items()}
+        head = {"preset": params.preset, "device": device, "flop_per_second": rates, "efficiency": EFFICIENCY, "base_models": sizes}
+        return json.dumps(head | {"stages": values}, indent=2)
+    speeds = ", ".join(f"{_short(rate)}FLOP/s in {name}" for name, rate in rates.items())
+    lines = [
+        f"preset {params.preset}, {params.ingest.size} px · parameters: "
+        + ", ".join(f"{n} {_short(c).strip()}" for n, c in sizes.items()),
+        f"one device ({device}): {speeds} as a matrix product, of which a training reaches about {EFFICIENCY:.0%}",
+    ]
+    if params.base.source == "hub":
+        ids = {str(params.base.diffusion_id), str(params.base.mllm_id)} - shapes.DIFFUSION.keys() - shapes.MLLM.keys()
+        lines += [f"{name}: shapes from {folder}" for name in sorted(ids)]
+        if device == "cpu":
+            lines += ["no CUDA device here, so times are those of this CPU; --tflops X plans for another device"]
+    table: list[tuple[str, ...]] = [HEAD]
+    for name, rows in stages.items():
+        table += [_cells(row, rates[row.precision]) for row in rows] or [(name, "from the hub" if name == "base" else "no model")]
+    widths = [max(len(cells[i]) for cells in table if i < len(cells) and (len(cells) == len(HEAD) or not i)) for i in range(len(HEAD))]
+    aligned = [[c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=False))] for cells in table]
+    return "\n".join([*lines, "", *(" ".join(cells).rstrip() for cells in aligned), "", FOOT])
+
+
+def _cells(r: Row, rate: float) -> tuple[str, ...]:
+    weights, optimizer, activations, memory = (f"{n / 2**30:.2f} GiB" for n in (r.weights, r.optimizer, r.activations, r.memory))
+    star = "*" if r.encode > r.optimizer + r.activations else ""
+    counts = (_short(r.images), f"{r.batch}/{r.microbatch}", str(r.references or "-"), _short(r.trained), _short(r.frozen))
+    return (r.name, *counts, weights, optimizer, activations, star + memory, _short(r.flop), _duration(r.seconds(rate)))
+
+
+def _short(number: float) -> str:
+    """Three digits and a decimal prefix: 2.57 G."""
+    for prefix, unit in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= unit:
+            return f"{number / unit:#.3g} {prefix}".replace(". ", " ")
+    return f"{number:.0f} "
+
+
+def _duration(seconds: float) -> str:
+    """In the largest unit that gives at least two: 90 s, 14 min, 3 h, 5 d, 12 y."""
+    for unit, size in (("y", 365 * 86400), ("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.0f} {unit}"
+    return f"{seconds:.0f} s"
