@@ -62,8 +62,7 @@ def test_a_real_microbatch_costs_what_is_planned(name: str, nano: Params, images
     models = load_models(nano, MODELS, p.lora_rank or None, p.precision)
     trained, _ = stages._trainable(models, spec, p)
     inputs = stages.Inputs(models, images, frozen_prefix="mllm" not in spec.trains)
-    # all different, so that no cache spares work; of two lengths where a run pads the batch, of one where it does not
-    prompts = ["a", "b", "c", "d e" if "mllm" in spec.trains else "d"]
+    prompts = ["a", "b", "c", "d e"]  # all different, so that no cache spares work; of two lengths, so that the batch is padded
     samples = [stages.Sample(i, tuple((i + k) % 4 for k in range(p.max_references)), prompt) for i, prompt in enumerate(prompts)]
     for parameter in trained.values():
         parameter.grad = torch.zeros_like(parameter)

@@ -31,7 +31,7 @@ from easyref.model.attention import kv_layout, packed_width
 from easyref.model.reference import PrefixStates
 from easyref.progress import use_threads
 from easyref.training import base
-from easyref.training.loss import ENCODE_BATCH, diffusion_loss, encode_text
+from easyref.training.loss import diffusion_loss, encode_batch, encode_text
 from easyref.training.models import DTYPES, Models, fresh_easyref
 from easyref.training.stages import STAGES, _trainable
 
@@ -207,7 +207,7 @@ def _row(
         parameter.grad = torch.empty_like(parameter)  # as after the first microbatch: gradients add up in place
     cost = measure(loss, precision)
     if vae is not None:
-        pixels_B3HW = torch.empty(ENCODE_BATCH, 3, params.ingest.size, params.ingest.size, device=META)
+        pixels_B3HW = torch.empty(encode_batch(params.ingest.size), 3, params.ingest.size, params.ingest.size, device=META)
         with torch.no_grad():
             encode = measure(lambda: vae.encode(pixels_B3HW).latent_dist.mean, "fp32").peak
     copies = 1 + 2 + (p.ema_images > 0)  # gradient, AdamW's moments, weight average: each in the dtype of its weight
@@ -289,10 +289,10 @@ def _bytes(modules: Sequence[nn.Module]) -> int:
 # -- output ------------------------------------------------------------------------------------------------------------
 
 HEAD = ("", "images", "batch", "refs", "trained", "frozen", "weights", "optimizer", "activations", "memory", "FLOP/image", "time")
-FOOT = f"""\
+FOOT = """\
 batch: images an update / at once in memory · refs: references of a sample, at most; memory and time take that many
 optimizer: gradients, moments, weight average · activations: the most that one forward and backward hold besides
-memory: the three together, or (*) weights and the VAE while it encodes {ENCODE_BATCH} images before the training, if that is more;
+memory: the three together, or (*) weights and the VAE while it encodes the images before the training, if that is more;
 without workspaces, fragmentation, validation · time: about; without validation, data and the VAE's encoding"""
 
 

@@ -27,12 +27,12 @@ class TrainingImages:
         self.pixels = np.stack([np.asarray(self.store.image(s)) for s in self.sha256s])
         counts = Counter(label["concept"] for label in self.labels)
         self.weights = np.array([counts[label["concept"]] ** -0.5 for label in self.labels])
-        self.content = sha256_json(self.sha256s)
         self.groups: list[tuple[str, list[int]]] = []
         if sha256s is None:
             place = {s: i for i, s in enumerate(self.sha256s)}
             table = read_table(data / "split" / "groups.parquet").filter(split="train").sort("group_id")
             self.groups = [(g["kind"], [place[m] for m in g["members"]]) for g in table.iter_rows(named=True)]
+        self.content = sha256_json([self.sha256s, self.groups])
 
     def batch(self, items: Sequence[int]) -> torch.Tensor:
         """Pixels in [-1, 1], float32 [B, 3, H, W]."""

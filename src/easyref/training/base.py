@@ -245,7 +245,7 @@ def train_text_to_image(params: Params, images: TrainingImages, vae_folder: Path
     unet = build_unet(p, vae.config.latent_channels, params.ingest.size // 2 ** (len(vae.config.block_out_channels) - 1))
     unet.to(memory_format=torch.channels_last)
     scheduler = noise_schedule()
-    latents_NChw = encode_latents(vae, images.batch, len(images.sha256s))
+    latents_NChw = encode_latents(vae, images.batch, len(images.sha256s), params.ingest.size)
     order = Order(images.weights, seed, "text_to_image")
     size = params.ingest.size
     time_ids_6 = torch.tensor([size, size, 0, 0, size, size], dtype=torch.float32)

@@ -13,16 +13,19 @@ from torch import nn
 
 from easyref.seeds import torch_rng
 
-ENCODE_BATCH = 64  # images the VAE encodes at once
+
+def encode_batch(size: int) -> int:
+    """How many images of `size` pixels a side the VAE encodes at once: about four megapixels, 64 images at most."""
+    return max(1, min(64, 4 * 1024**2 // size**2))
 
 
 @torch.no_grad()
 def encode_latents(
-    vae: Any, pixels: Callable[[list[int]], torch.Tensor], count: int, device: torch.device | str = "cpu", batch: int = ENCODE_BATCH
+    vae: Any, pixels: Callable[[list[int]], torch.Tensor], count: int, size: int, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
     """Mean latents of images 0..count-1, scaled for diffusion: float32 [N, C, h, w] in main memory. `pixels(items)` gives
-    [B, 3, H, W]. Always the same batches, so that a resumed run gets the same bits."""
-    parts = []
+    [B, 3, H, W] of `size` pixels a side. Always the same batches, so that a resumed run gets the same bits."""
+    parts, batch = [], encode_batch(size)
     for start in range(0, count, batch):
         x_B3HW = pixels(list(range(start, min(start + batch, count)))).to(device)
         parts.append(vae.encode(x_B3HW).latent_dist.mean.cpu())

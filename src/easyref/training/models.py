@@ -83,7 +83,12 @@ def fresh_easyref(params: Params, unet: Any, mllm: Any, lora_rank: int | None) -
     config = reference_config(params, mllm.config, unet.config.cross_attention_dim)
     encoder = ReferenceEncoder(mllm, config, torch_rng(params.seed, "encoder"))
     alpha = float(lora_rank) if lora_rank else None
-    return encoder, Adapter.install(unet, config.num_tokens, lora_rank, alpha, torch_rng(params.seed, "lora"))
+    adapter = Adapter.install(unet, config.num_tokens, lora_rank, alpha, torch_rng(params.seed, "lora"))
+    for name, parameter in adapter.named_parameters().items():
+        parameter.data = parameter.data.float()  # trained, whatever the precision of the frozen UNet
+        if params.reference.value_init == "zero" and name.startswith("reference_kv.") and name.endswith(".v.weight"):
+            nn.init.zeros_(parameter)
+    return encoder, adapter
 
 
 def load_models(params: Params, folder: Path, lora_rank: int | None, precision: str) -> Models:

@@ -112,11 +112,11 @@ class Inputs:
 
     def __init__(self, models: Models, images: TrainingImages, frozen_prefix: bool) -> None:
         self.models, self.images, self.frozen_prefix = models, images, frozen_prefix
-        self.latents_NChw = encode_latents(models.vae, images.batch, len(images.sha256s), models.device)
+        height, width = images.pixels.shape[1:3]
+        self.latents_NChw = encode_latents(models.vae, images.batch, len(images.sha256s), max(height, width), models.device)
         self.text: Cache = Cache(40_000)
         self.patches: Cache = Cache(20_000)
         self.vision: Cache = Cache(20_000)
-        height, width = images.pixels.shape[1:3]
         self.time_ids_6 = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=models.device)
 
     def text_states(self, prompts: list[str]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
