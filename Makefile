@@ -14,6 +14,7 @@ run: $(VENV)/.installed ## data, training, evaluation, report
 
 test: $(VENV)/.installed ## the tests
 	@dvc pull --quiet ingest base pretrain
+	@dvc repro --quiet split
 	OMP_NUM_THREADS=1 python -m pytest
 
 lint: $(VENV)/.installed
