@@ -1,15 +1,25 @@
 """Training in bf16: the frozen base models are rounded, what is trained is not."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 
 from easyref.config import parse_params
 from easyref.data.shards import ImageStore
 from easyref.training import stages
 from easyref.training.models import load_models
+
+
+@pytest.fixture(autouse=True)
+def own_accelerator() -> Iterator[None]:
+    """accelerate keeps one precision for the whole process; a run has one process a stage."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune_multi"])
