@@ -18,15 +18,12 @@ from safetensors.torch import load_file, save_file
 
 from easyref import cli
 from easyref.config import parse_params
-from easyref.data.group import group_images
-from easyref.data.shards import ImageStore
-from easyref.data.split import split_images
 from easyref.model import weights
-from easyref.records import write_table
 from easyref.training import stages, state
 from tests.processes import exit_code, start
+from tests.projects import small_data
 
-DATA, MODELS = Path("data"), Path("models")
+MODELS = Path("models")
 TINY = {"images": 8, "batch": 4, "microbatch": 2, "save_images": 4, "warmup_images": 0, "cooldown_images": 0, "ema_images": 4}
 
 
@@ -43,13 +40,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     params = parse_params(values)
     place = tmp_path_factory.mktemp("project")
     (place / "params.yaml").write_text(yaml.safe_dump(values))
-    shutil.copytree(DATA / "images", place / "data" / "images")
-    table = ImageStore(DATA / "images").table
-    concepts = table["concept"].unique().sort().to_list()[::160]
-    write_table(place / "data" / "images" / "images.parquet", table.filter(table["concept"].is_in(concepts)))
-    store = ImageStore(place / "data" / "images")
-    for name, part in split_images(store, group_images(store.table, params.group), params.split, 0).items():
-        write_table(place / "data" / "split" / f"{name}.parquet", part)
+    small_data(place / "data", params, every=160)
     (place / "models").mkdir()
     (place / "models" / "base").symlink_to((MODELS / "base").resolve())
     return place

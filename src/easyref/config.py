@@ -145,8 +145,9 @@ class Reference(Section):
     prefix_final_norm: bool
     final_layer_attention: Literal["bidirectional", "causal"]
     positions: Literal["mrope", "sequential"]
-    value_init: Literal["text", "zero"]  # V_ref starts as a copy of the UNet's to_v (paper), or at zero: tokens of a fresh encoder
-    # are noise to the UNet, and a fast learning rate silences noise sooner than it learns to read it
+    # V_ref starts as a copy of the UNet's to_v (paper), or at zero: tokens of a fresh encoder are noise to the UNet, and a fast
+    # learning rate silences noise sooner than it learns to read it
+    value_init: Literal["text", "zero"]
     instruction: str
     min_pixels: PositiveInt
     max_pixels: PositiveInt

@@ -226,16 +226,6 @@ def test_content_of_padding_is_never_read(make_encoder: Make, inputs: ReferenceI
     torch.testing.assert_close(encoder(spoiled), encoder(prefix), atol=1e-12, rtol=0)
 
 
-def test_cached_states_give_the_same_tokens(make_encoder: Make, inputs: ReferenceInputs) -> None:
-    encoder = make_encoder()
-    prefix = encoder.prefix(inputs)
-    singles = prefix.split()
-    assert [s.mask_BL.shape[1] for s in singles] == prefix.mask_BL.sum(1).tolist()
-    shuffled = PrefixStates.collate([singles[2], singles[0]])
-    torch.testing.assert_close(encoder(shuffled), encoder(inputs)[[2, 0]], atol=1e-12, rtol=0)
-    torch.testing.assert_close(encoder(singles[1]), encoder(inputs)[[1]], atol=1e-12, rtol=0)
-
-
 def test_packed_vision_call_equals_a_loop(make_encoder: Make, inputs: ReferenceInputs) -> None:
     encoder = make_encoder()
     packed = encoder.vision(inputs.pixel_values, inputs.image_grid_thw)

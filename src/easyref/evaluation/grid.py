@@ -155,10 +155,11 @@ def text_grid(pairs: Sequence[tuple[str, Image.Image, Image.Image]], columns: in
     canvas = Image.new("RGB", (2 * MARGIN + columns * width - 22, 2 * MARGIN + HEAD // 2 + rows * height), "white")
     draw = ImageDraw.Draw(canvas)
     draw.text((MARGIN, MARGIN), "From text alone: prompt, a real image of it (left), what the base draws (right)", INK, _font(14, True))
+    font = _font(12)
     for i, (prompt, real, drawn) in enumerate(pairs):
         x, y = MARGIN + i % columns * width, MARGIN + HEAD // 2 + i // columns * height
-        words = "\n".join(_wrap(prompt, _font(12), 2 * LARGE, 3))
-        draw.text((x, y + caption - 6), words, INK, _font(12), anchor="ld", spacing=3)
+        words = "\n".join(_wrap(prompt, font, 2 * LARGE, 3))
+        draw.text((x, y + caption - 6), words, INK, font, anchor="ld", spacing=3)
         _paste(canvas, draw, real, x, y + caption, LARGE)
         _paste(canvas, draw, drawn, x + LARGE + GAP, y + caption, LARGE)
     return canvas

@@ -98,34 +98,11 @@ class ReferenceInputs(_Tensors):
 
 @dataclass(frozen=True)
 class PrefixStates(_Tensors):
-    """Output of the prefix: all the aggregator needs, so it can be cached while the MLLM is frozen."""
+    """Output of the prefix: all the aggregator needs."""
 
     states_BLD: Tensor
     mask_BL: Tensor  # int64, 1 = real token
     positions_3BL: Tensor  # int64: temporal, height, width position of each token; padding holds any value
-
-    @classmethod
-    def collate(cls, singles: Sequence[PrefixStates]) -> PrefixStates:
-        """Pad states of any lengths on the right to one batch."""
-        longest = max(s.mask_BL.shape[1] for s in singles)
-        pads = [longest - s.mask_BL.shape[1] for s in singles]
-        return cls(
-            torch.cat([F.pad(s.states_BLD, (0, 0, 0, n)) for s, n in zip(singles, pads, strict=True)]),
-            torch.cat([F.pad(s.mask_BL, (0, n)) for s, n in zip(singles, pads, strict=True)]),
-            torch.cat([F.pad(s.positions_3BL, (0, n)) for s, n in zip(singles, pads, strict=True)], dim=1),
-        )
-
-    def split(self) -> list[PrefixStates]:
-        """One unpadded state for each sample: the inverse of `collate`, what a cache stores."""
-        lengths = self.mask_BL.sum(1).tolist()
-        return [
-            PrefixStates(
-                self.states_BLD[b : b + 1, :n].clone(),
-                self.mask_BL[b : b + 1, :n].clone(),
-                self.positions_3BL[:, b : b + 1, :n].clone(),
-            )
-            for b, n in enumerate(lengths)
-        ]
 
 
 def null_image() -> Image.Image:

@@ -30,15 +30,15 @@ from easyref.training.trainer import Task, train
 DESCRIBE, COMMON = "Describe the image.", "What do these images have in common?"
 
 
-def base(params: Params, data: Path, out: Path, curves: Path, work: Path) -> None:
-    """Train VAE, text-to-image and captioning models and write `out/diffusion` and `out/mllm` (half precision), and into `curves` their
-    training curves and `text.png`, what they draw from text alone.
+def base(params: Params, data: Path, out: Path, metrics: Path, work: Path) -> None:
+    """Train VAE, text-to-image and captioning models. Writes `out/diffusion` and `out/mllm` (half precision), and into `metrics`
+    the training curves and `text.png`: what the base draws from text alone.
 
     Each of the three models is kept in `work` as it finishes, under a hash of all it depends on: the same command goes on where
     it was, a changed parameter trains anew what it changes. When all are written, `work` is removed: the next call trains again.
     """
     print(use_threads(params.threads))
-    curves.mkdir(parents=True, exist_ok=True)
+    metrics.mkdir(parents=True, exist_ok=True)
     if params.base.source == "hub":
         return download(params, out)
     images = TrainingImages(data)
@@ -49,9 +49,9 @@ def base(params: Params, data: Path, out: Path, curves: Path, work: Path) -> Non
         shutil.copytree(diffusion, folder / "diffusion")
         shutil.copytree(mllm, folder / "mllm")
         _forget_paths(folder)
-    write_bytes(curves / "text.png", draw_text_grid(params, images, diffusion))
+    write_bytes(metrics / "text.png", draw_text_grid(params, images, diffusion))
     for part in (mllm, vae, diffusion):
-        write_curves(part.with_suffix(".jsonl"), curves, part.name.split("-")[0])
+        write_curves(part.with_suffix(".jsonl"), metrics, part.name.split("-")[0])
     remove_folder(work)
 
 

@@ -39,10 +39,6 @@ class Models:
     def device(self) -> torch.device:
         return self.accelerator.device
 
-    @property
-    def store_dtype(self) -> torch.dtype:
-        return torch.float32
-
     def autocast(self) -> AbstractContextManager:
         return self.accelerator.autocast()
 

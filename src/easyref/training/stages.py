@@ -187,7 +187,7 @@ def run_stage(params: Params, name: str, data: Path, models_folder: Path, out: P
         for key, parameter in trained.items():
             parameter.copy_(result[key])
     tensors = weights.tensors(models.encoder, models.adapter, with_mllm="mllm" in spec.trains)
-    weights.save(out, tensors, models.checkpoint_config(params, p, "mllm" in spec.trains), models.store_dtype)
+    weights.save(out, tensors, models.checkpoint_config(params, p, "mllm" in spec.trains), torch.float32)
     write_curves(state.with_suffix(".jsonl"), curves)
     state.unlink()
 

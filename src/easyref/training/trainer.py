@@ -64,7 +64,7 @@ def train(task: Task, p: Optimisation, state_path: Path) -> dict[str, torch.Tens
         tensors, counters = load_state(state_path)
         if counters["fingerprint"] == fingerprint:
             seen = saved = counters["seen"]
-            losses = counters.get("losses", [])
+            losses = counters["losses"]
             _restore(task.parameters, average, tensors)
             load_optimizer(optimizer, names, tensors)
             _cut_log(log, seen)

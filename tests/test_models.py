@@ -1,0 +1,75 @@
+"""The models of a stage as it starts, on the shipped base: dtypes, initial values, and cached vision tokens."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+
+from easyref.config import Params, parse_params
+from easyref.data.dataset import TrainingImages
+from easyref.data.shards import ImageStore
+from easyref.training import stages
+from easyref.training.models import load_models
+
+DATA, MODELS = Path("data"), Path("models")
+
+
+@pytest.fixture(autouse=True)
+def own_accelerator() -> Iterator[None]:
+    """accelerate keeps one precision for the whole process; a run has one process a stage."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def images() -> TrainingImages:
+    return TrainingImages(DATA, list(ImageStore(DATA / "images").rows)[:4])
+
+
+def nano(section: str, **changes: Any) -> Params:
+    values = yaml.safe_load(Path("presets/nano.yaml").read_text())
+    values[section] |= changes
+    return parse_params(values)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune_multi"])
+def test_bf16_rounds_the_frozen_base_and_nothing_that_is_trained(stage: str, images: TrainingImages) -> None:
+    params = nano(stage, precision="bf16")
+    p = getattr(params, stage)
+    models = load_models(params, MODELS, p.lora_rank or None, p.precision)
+    trained, _ = stages._trainable(models, stages.STAGES[stage], p)
+    assert models.unet.conv_in.weight.dtype == torch.bfloat16
+    assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
+    inputs = stages.Inputs(models, images, frozen_prefix="mllm" not in stages.STAGES[stage].trains)
+    samples = [stages.Sample(0, (1, 2), "farmer"), stages.Sample(3, (stages.NULL,), "")]
+    stages._loss(models, inputs, samples, 0, ["a", "b"], None).backward()
+    assert all(tensor.grad is not None and tensor.grad.isfinite().all() for tensor in trained.values())
+
+
+@pytest.mark.parametrize("init", ["text", "zero"])
+def test_reference_values_start_as_the_text_ones_or_at_zero(init: str) -> None:
+    models = load_models(nano("reference", value_init=init), MODELS, None, "fp32")
+    named, weights = models.adapter.named_parameters(), models.unet.state_dict()
+    for name, tensor in named.items():
+        _, *path, kind, _ = name.split(".")
+        text = weights[f"{'.'.join(path)}.to_{kind}.weight"]
+        assert torch.equal(tensor, torch.zeros_like(text) if kind == "v" and init == "zero" else text), name
+    assert {name.split(".")[-2] for name in named} == {"k", "v"}
+
+
+def test_a_frozen_prefix_with_cached_vision_gives_the_tokens_of_the_whole_encoder(images: TrainingImages) -> None:
+    models = load_models(nano("reference"), MODELS, None, "fp32")
+    frozen, whole = (stages.Inputs(models, images, frozen_prefix=frozen) for frozen in (True, False))
+    first, second, null = (
+        stages.Sample(0, (1, 2, 3), "farmer"),
+        stages.Sample(3, (2, 0), "red apple"),
+        stages.Sample(0, (stages.NULL,), ""),
+    )
+    for samples in ([first, null], [second, first]):  # the second batch finds vision tokens in the cache, in another order
+        torch.testing.assert_close(frozen.reference_tokens(samples), whole.reference_tokens(samples), atol=1e-4, rtol=1e-4)
+    assert frozen.reference_tokens([first]).requires_grad and set(frozen.vision) == {0, 1, 2, 3, stages.NULL}
