@@ -1,4 +1,4 @@
-# make run · make test · make lint. Each line is a command a person could type.
+# make run · make test · make up · make down · make lint. Each line is a command a person could type.
 VENV ?= .venv
 PYTHON ?= python3
 export PATH := $(abspath $(VENV))/bin:$(PATH)
@@ -6,16 +6,25 @@ export DO_NOT_TRACK = 1
 export HF_HUB_OFFLINE ?= 1
 export MPLBACKEND = Agg
 
-.PHONY: run test lint clean
+.PHONY: run test test-long up down lint clean
 run: $(VENV)/.installed ## data, training, evaluation, report
-	@dvc pull --quiet ingest base pretrain # not `repro --pull`: it takes uncached outputs that are missing for done
-	@dvc repro
-	@easyref summary
+	@python -m flows.pipeline # not `dvc repro --pull`: it takes uncached outputs that are missing for done
 
 test: $(VENV)/.installed ## the tests
 	@dvc pull --quiet ingest base pretrain
 	@dvc repro --quiet split
 	OMP_NUM_THREADS=1 python -m pytest
+
+up: $(VENV)/.installed ## Prefect's server and worker and MLflow, on loopback
+	@python -m flows.services up
+
+down: ## stops them
+	@python -m flows.services down
+
+test-long: $(VENV)/.installed ## servers and a deployment run through them, exported graphs
+	@dvc pull --quiet ingest base pretrain
+	@dvc repro --quiet split
+	OMP_NUM_THREADS=1 python -m pytest -m long
 
 lint: $(VENV)/.installed
 	ruff check && ruff format --check && mypy

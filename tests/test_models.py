@@ -42,7 +42,7 @@ def test_bf16_rounds_the_frozen_base_and_nothing_that_is_trained(stage: str, ima
     params = nano(stage, precision="bf16")
     p = getattr(params, stage)
     models = load_models(params, MODELS, p.lora_rank or None, p.precision)
-    trained, _ = stages._trainable(models, stages.STAGES[stage], p)
+    trained, _ = models.trainable(stages.STAGES[stage].trains, p.new_part_rate)
     assert models.unet.conv_in.weight.dtype == torch.bfloat16
     assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
     inputs = stages.Inputs(models, images, frozen_prefix="mllm" not in stages.STAGES[stage].trains)

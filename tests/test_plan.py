@@ -60,7 +60,7 @@ def images() -> TrainingImages:
 def test_a_real_microbatch_costs_what_is_planned(name: str, nano: Params, images: TrainingImages, monkeypatch) -> None:
     spec, p = stages.STAGES[name], getattr(nano, name)
     models = load_models(nano, MODELS, p.lora_rank or None, p.precision)
-    trained, _ = stages._trainable(models, spec, p)
+    trained, _ = models.trainable(spec.trains, p.new_part_rate)
     inputs = stages.Inputs(models, images, frozen_prefix="mllm" not in spec.trains)
     prompts = ["a", "b", "c", "d e"]  # all different, so that no cache spares work; of two lengths, so that the batch is padded
     samples = [stages.Sample(i, tuple((i + k) % 4 for k in range(p.max_references)), prompt) for i, prompt in enumerate(prompts)]
@@ -99,7 +99,7 @@ def test_sdxl_is_planned_without_weights_and_network(monkeypatch, tmp_path: Path
     params = load_params("presets/sdxl.yaml")
     assert {name: plan._count([model]) for name, model in plan.base_models(params, tmp_path).items()} == PUBLISHED
     models = plan.easyref_models(params, tmp_path, None, "bf16")
-    trained, _ = stages._trainable(models, stages.STAGES["pretrain"], params.pretrain)
+    trained, _ = models.trainable(stages.STAGES["pretrain"].trains)
     d, kv, x = 1536, 2 * 128, 2048
     layer = 2 * d * d + d + 2 * (d * kv + kv) + 3 * d * 8960 + 2 * d + d  # with the final norm
     projector = d * d + d + d * x + x + 2 * x

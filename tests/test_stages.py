@@ -33,6 +33,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     values = yaml.safe_load(Path("presets/nano.yaml").read_text())
     values["threads"] = 1
     values["split"] |= {"held_out_groups": 1, "held_in_groups": 1, "samples_per_group": 1, "max_references": 2, "held_out_share": 0.2}
+    values["align"] |= TINY
     for name in stages.STAGES:
         values[name] |= TINY
         values[name]["lora_rank"] = 2 if name != "pretrain" else 0
@@ -135,6 +136,6 @@ def test_each_stage_changes_exactly_its_parts(place: Path) -> None:
 def test_curves_have_the_columns_that_dvc_draws(place: Path) -> None:
     plots = [next(iter(plot.values()))["y"] for plot in yaml.safe_load(Path("dvc.yaml").read_text())["plots"]]
     drawn = [(place / path, fields) for y in plots for path, fields in y.items() if "metrics/base/" not in path]
-    assert len(drawn) == 3 * len(stages.STAGES)  # loss, learning rate, held-out loss
+    assert len(drawn) == 3 * len(stages.STAGES) + 2  # loss, learning rate, held-out loss; of align loss and explained share
     for path, fields in drawn:
         assert {"seen", *([fields] if isinstance(fields, str) else fields)} <= json.loads(path.read_text())[0].keys()

@@ -32,9 +32,16 @@ def task(fingerprint: int = 0) -> Task:
     return Task("test", weights, loss, {"f": fingerprint}, validate=lambda: {"held_out": weights["0.weight"].sum().item()})
 
 
+def trained(p: Optimisation, state: Path) -> dict[str, torch.Tensor]:
+    """`task` run to its end."""
+    run = task()
+    train(run, p, state)
+    return {name: parameter.detach() for name, parameter in run.parameters.items()}
+
+
 def train_and_write(state: Path, out: Path) -> None:
     torch.set_num_threads(1)
-    save_file(train(task(), Optimisation(**PARAMS), state), out)
+    save_file(trained(Optimisation(**PARAMS), state), out)
 
 
 def test_kill_9_and_again_gives_the_same_bits(tmp_path: Path) -> None:
@@ -75,8 +82,8 @@ def test_stopped_between_two_rows_of_the_log_goes_on_to_the_same_log(tmp_path: P
 
 
 def test_any_microbatch_gives_the_same_training(tmp_path: Path) -> None:
-    whole = train(task(), Optimisation(**PARAMS), tmp_path / "a.safetensors")
-    parts = train(task(), Optimisation(**{**PARAMS, "microbatch": 2}), tmp_path / "b.safetensors")
+    whole = trained(Optimisation(**PARAMS), tmp_path / "a.safetensors")
+    parts = trained(Optimisation(**{**PARAMS, "microbatch": 2}), tmp_path / "b.safetensors")
     for name, tensor in whole.items():
         torch.testing.assert_close(tensor, parts[name], rtol=1e-3, atol=2e-4)
 
@@ -85,8 +92,8 @@ def test_changed_parameters_start_from_the_beginning(tmp_path: Path, capsys: pyt
     state = tmp_path / "state.safetensors"
     train(task(), Optimisation(**{**PARAMS, "images": 32, "cooldown_images": 0}), state)
     changed = Optimisation(**{**PARAMS, "images": 32, "cooldown_images": 0, "learning_rate": 0.02})
-    fresh = train(task(), changed, tmp_path / "other.safetensors")
-    again = train(task(), changed, state)
+    fresh = trained(changed, tmp_path / "other.safetensors")
+    again = trained(changed, state)
     assert "starts from the beginning" in capsys.readouterr().out
     assert all(torch.equal(fresh[n], again[n]) for n in fresh)
 

@@ -119,7 +119,7 @@ def generate(
     ref: Annotated[list[Path], typer.Option("--ref", help="A reference image; repeat for more.")],
     prompt: Annotated[str, typer.Option(help="What to draw.")] = "",
     negative_prompt: Annotated[str, typer.Option(help="What to avoid.")] = "",
-    model: Annotated[Path, typer.Option(help="Checkpoint folder.")] = MODELS / "finetune_multi",
+    model: Annotated[str, typer.Option(help="Checkpoint folder, pulled model, or models:/easyref@champion.")] = "models/finetune_multi",
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
     num: Annotated[int, typer.Option(min=1, max=64, help="Images to make, with seeds seed, seed+1 …")] = 1,
     steps: Annotated[int, typer.Option(min=1, max=1000)] = 30,
@@ -136,10 +136,18 @@ def generate(
     from easyref.progress import track
     from easyref.records import write_bytes
 
-    limit = read_config(model).reference.max_references
+    if model.startswith("models:/"):
+        from easyref.tracking import cached
+
+        folder = cached(Path(), model)
+    else:
+        folder = Path(model)
+    if (folder / "checkpoint").is_dir():  # a bundle of the registry
+        folder /= "checkpoint"
+    limit = read_config(folder).reference.max_references
     if len(references) > limit:
         raise ValueError(f"{len(references)} references, the model takes at most {limit}; give fewer --ref")
-    easyref = EasyRef.from_pretrained(model)
+    easyref = EasyRef.from_pretrained(folder)
     easyref.check_prompt(prompt)
     images = []
     for start in track(range(seed, seed + num, 8), "generate", -(-num // 8), "batches"):
@@ -149,6 +157,52 @@ def generate(
         path = out / f"{seed + number}.png"
         write_bytes(path, to_png(image))
         print(path)
+
+
+@app.command()
+def release() -> None:
+    """Register the finetuned model as a new version of `easyref`; champion if it beats the champion, else challenger."""
+    from easyref.tracking import gate, register
+
+    made = gate(Path(), register(Path()))
+    print(f"version {made.version} is {made.alias}: {made.reason}")
+
+
+@app.command()
+def pull(
+    model: Annotated[str, typer.Argument(help="models:/easyref@champion or models:/easyref/VERSION")],
+    folder: Annotated[Path, typer.Argument(help="Where to; replaced if it is there.")],
+) -> None:
+    """Fetch a registered model and check its hashes."""
+    from easyref.tracking import pull as run
+
+    print(f"{folder}: version {run(Path(), model, folder)}")
+
+
+@app.command()
+def promote(version: str) -> None:
+    """Make a version the champion."""
+    from easyref.tracking import promote as run
+
+    before = run(Path(), version)
+    print(f"champion: version {version}" + (f", before: {before}" if before else ""))
+
+
+@app.command()
+def rollback() -> None:
+    """Champion back to the version that the present one replaced."""
+    from easyref.tracking import rollback as run
+
+    current, before = run(Path())
+    print(f"champion: version {before}, before: {current}")
+
+
+@app.command()
+def trace(model: Annotated[str, typer.Argument(help="models:/easyref@champion or models:/easyref/VERSION")]) -> None:
+    """From a registered version back to git, parameters, stages, groups, shards and licences."""
+    from easyref.tracking import trace as run
+
+    print(run(Path(), model))
 
 
 @app.command()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 Share = Field(ge=0.0, le=1.0)
 Rate = Field(gt=0.0, lt=1.0)
@@ -86,7 +86,7 @@ class VAE(Optimisation):
 class TextToImage(Optimisation):
     channels: list[PositiveInt]
     layers: PositiveInt
-    transformer_layers: list[PositiveInt]
+    transformer_layers: list[NonNegativeInt]  # of each level; 0: no cross-attention there
     head_dim: PositiveInt
     text_width: PositiveInt  # of each of the two text encoders
     text_layers: PositiveInt
@@ -154,25 +154,36 @@ class Reference(Section):
     max_references: PositiveInt
 
 
-class Stage(Optimisation):
-    """One of the three training stages (method.md §4); what each one trains stands in training/stages.py."""
+class Samples(Optimisation):
+    """A training on references and prompts, and how its samples are drawn (training/inputs.py)."""
 
-    new_part_rate: float = Field(ge=1.0)  # learning-rate factor of reference tokens, projector and K_ref/V_ref
-    lora_rank: int = Field(ge=0)
     drop_image: float = Share
     drop_text: float = Share
     drop_both: float = Share
     hide_labels: float = Share  # share of prompts that leave out what the references show
     max_references: PositiveInt
     truncate: float = Share  # probability of keeping a random 2..R-1 of R > 2 references
-    min_snr: float | None  # weight of the loss over timesteps; null: the paper's plain mean
-    precision: Literal["fp32", "bf16"]
 
     @model_validator(mode="after")
-    def _drops(self) -> Stage:
+    def _drops(self) -> Samples:
         if self.drop_image + self.drop_text + self.drop_both > 1:
             raise ValueError("drop_image + drop_text + drop_both is more than 1; lower them")
         return self
+
+
+class Align(Samples):
+    """Warm start of the pretraining (training/align.py)."""
+
+    group_share: float = Share  # of samples whose references are the others of the target's group, not the target itself
+
+
+class Stage(Samples):
+    """One of the three training stages (method.md §4); what each one trains stands in training/stages.py."""
+
+    new_part_rate: float = Field(ge=1.0)  # learning-rate factor of reference tokens, projector and K_ref/V_ref
+    lora_rank: int = Field(ge=0)
+    min_snr: float | None  # weight of the loss over timesteps; null: the paper's plain mean
+    precision: Literal["fp32", "bf16"]
 
 
 class Evaluate(Section):
@@ -186,6 +197,13 @@ class Evaluate(Section):
     bootstrap: PositiveInt
 
 
+class Release(Section):
+    """What a model must reach to become champion: held-out fidelity with the right references."""
+
+    min_fidelity: float
+    min_gain: float  # over the champion on the same samples
+
+
 class Params(Section):
     preset: str
     seed: int = Field(ge=0)
@@ -195,20 +213,28 @@ class Params(Section):
     split: Split
     base: Base
     reference: Reference
+    align: Align | None  # null: none, as in the paper
     pretrain: Stage
     finetune_single: Stage
     finetune_multi: Stage
     evaluate: Evaluate
+    release: Release
 
     @model_validator(mode="after")
     def _together(self) -> Params:
-        for name in ("pretrain", "finetune_single", "finetune_multi"):
-            stage: Stage = getattr(self, name)
-            if stage.max_references > self.reference.max_references:
+        for name in ("align", "pretrain", "finetune_single", "finetune_multi"):
+            stage: Samples | None = getattr(self, name)
+            if stage and stage.max_references > self.reference.max_references:
                 raise ValueError(
                     f"{name}.max_references {stage.max_references} is over reference.max_references "
                     f"{self.reference.max_references}; lower it"
                 )
+        text = self.base.text_to_image
+        if self.align and text and self.reference.num_tokens > text.text_tokens:
+            raise ValueError(
+                f"align needs a text token for each of reference.num_tokens {self.reference.num_tokens}, "
+                f"base.text_to_image.text_tokens is {text.text_tokens}; raise it, or set align: null"
+            )
         if self.reference.min_pixels > self.reference.max_pixels:
             raise ValueError("reference.min_pixels is over reference.max_pixels; swap them")
         return self

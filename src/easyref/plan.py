@@ -1,7 +1,7 @@
 """`easyref plan`: what the stages would train, in how much memory and time, before anything is downloaded or run.
 
-Every model is built by the code of a real run, but on torch's meta device: shapes and dtypes without weights. `_trainable` chooses
-the trained tensors, and one microbatch is measured forward and backward (meter.py); so a frozen part that only passes gradients
+Every model is built by the code of a real run, but on torch's meta device: shapes and dtypes without weights. `Models.trainable`
+chooses the trained tensors, and one microbatch is measured forward and backward (meter.py); so a frozen part that only passes gradients
 on costs here what it costs there.
 
 Units: parameters, bytes, FLOP (a multiply-add is two), seconds; on one device.
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from easyref.config import Captioning, Optimisation, Params, TextToImage
+from easyref.config import Align, Captioning, Optimisation, Params, TextToImage
 from easyref.evaluation.generations import CONDITIONS
 from easyref.meter import matmul_rate, measure
 from easyref.model import shapes
@@ -31,9 +31,10 @@ from easyref.model.attention import kv_layout, packed_width
 from easyref.model.reference import PrefixStates
 from easyref.progress import use_threads
 from easyref.training import base
+from easyref.training.align import PARTS
 from easyref.training.loss import diffusion_loss, encode_batch, encode_text
 from easyref.training.models import DTYPES, Models, fresh_easyref
-from easyref.training.stages import STAGES, _trainable
+from easyref.training.stages import STAGES
 
 META = torch.device("meta")
 EFFICIENCY = 0.5  # share of a matrix product's speed that a training reaches: 0.51 to 0.54 in the nano stages on one CPU core
@@ -73,6 +74,8 @@ def plan(params: Params, folder: Path) -> tuple[dict[str, int], dict[str, list[R
     stages: dict[str, list[Row]] = {"ingest": [], "group": [], "split": [], "base": base_rows(params, folder)}
     models = cache(partial(easyref_models, params, folder))  # LoRA of the full rank takes seconds to put in
     stages |= {name: [stage_row(params, name, models)] for name in STAGES}
+    if params.align:
+        stages["pretrain"].insert(0, align_row(params, params.align, models(None, "fp32")))
     return sizes, stages | {"evaluate": [evaluate_row(params, models(None, "fp32"))]}
 
 
@@ -162,19 +165,27 @@ def stage_row(params: Params, name: str, make: Callable[[int | None, str], Model
     """One of the three stages, with the most references in every sample; what a run caches is computed once an image."""
     p = getattr(params, name)
     models = make(p.lora_rank or None, p.precision)
-    trained, _ = _trainable(models, STAGES[name], p)
+    trained, _ = models.trainable(STAGES[name].trains)
 
     def loss() -> Tensor:
         text_BLX, added = _text_states(models.text_encoders, p.microbatch)
-        prompt = models.text_encoders[0][0].model_max_length
-        states_BLD = _mllm_states(params, models.encoder.mllm, p.microbatch, p.max_references, prompt)
-        mask_BL = torch.ones(states_BLD.shape[:2], dtype=torch.int64, device=META)
-        tokens_BTX = models.encoder(PrefixStates(states_BLD, mask_BL, mask_BL.expand(3, -1, -1)))
+        tokens_BTX = models.encoder(_prefix(params, models, p.microbatch, p.max_references))
         conditions = {**added, "image_embeds": [tokens_BTX[:, None]]}
         latents_BChw = _latents(params, models.vae, p.microbatch)
         return diffusion_loss(models.unet, models.scheduler, latents_BChw, text_BLX, conditions, 0, range(p.microbatch), p.min_snr)
 
     return _row(params, name, p, _modules(models), trained.values(), loss, p.max_references, p.precision, models.vae)
+
+
+def align_row(params: Params, p: Align, models: Models) -> Row:
+    """The warm start of the pretraining; text states and vision tokens are computed once a caption and once an image."""
+    trained, _ = models.trainable(PARTS)
+
+    def loss() -> Tensor:
+        prefix = _prefix(params, models, p.microbatch, p.max_references)
+        return models.encoder(prefix).square().mean()
+
+    return _row(params, "pretrain: align", p, _modules(models), trained.values(), loss, p.max_references, "fp32", models.vae)
 
 
 def evaluate_row(params: Params, models: Models) -> Row:
@@ -246,6 +257,14 @@ def _latents(params: Params, vae: Any, batch: int) -> Tensor:
     """[B, C, h, w]."""
     side = params.ingest.size // 2 ** (len(vae.config.block_out_channels) - 1)
     return torch.empty(batch, vae.config.latent_channels, side, side, device=META)
+
+
+def _prefix(params: Params, models: Models, batch: int, references: int) -> PrefixStates:
+    """What the aggregator reads of samples with so many references each."""
+    prompt = models.text_encoders[0][0].model_max_length
+    states_BLD = _mllm_states(params, models.encoder.mllm, batch, references, prompt)
+    mask_BL = torch.ones(states_BLD.shape[:2], dtype=torch.int64, device=META)
+    return PrefixStates(states_BLD, mask_BL, mask_BL.expand(3, -1, -1))
 
 
 def _mllm_states(params: Params, core: Any, batch: int, references: int, prompt_tokens: int) -> Tensor:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from easyref import pipeline
 from easyref.config import Params
 from easyref.data.shards import ImageStore
+from easyref.evaluation import generations
 from easyref.evaluation.evaluate import evaluate
 from easyref.evaluation.generations import select_cases
 from easyref.evaluation.grid import grid_png, grid_rows
 from easyref.evaluation.report import write_report
 from easyref.evaluation.summary import summary
+from easyref.model import reference
 from easyref.model.weights import WEIGHTS
 from easyref.pipeline import EasyRef, Request
 from easyref.progress import use_threads
 from easyref.records import read_table, sha256_file, sha256_json, write_json
 
 STAGE = "finetune_multi"
+DRAWS = [Path(pipeline.__file__), Path(generations.__file__), *sorted(Path(reference.__file__).parent.glob("*.py"))]
 
 
 def evaluate_stage(params: Params, data: Path, models: Path, out: Path, work: Path) -> None:
@@ -31,7 +35,8 @@ def evaluate_stage(params: Params, data: Path, models: Path, out: Path, work: Pa
     def generate(requests: list[dict]) -> list:
         return easyref([Request(**request) for request in requests], p.steps, p.guidance, p.scale)
 
-    files = [checkpoint / WEIGHTS, *sorted((models / "base").rglob("*.safetensors"))]
+    # what the images depend on besides their requests: weights, and the code that draws
+    files = [checkpoint / WEIGHTS, *sorted((models / "base").rglob("*.safetensors")), *DRAWS]
     weights = sha256_json([sha256_file(file) for file in files])
     result = evaluate(samples, images, store.image, generate, p, seed=params.seed, weights=weights, out=work)
     write_json(out / "metrics" / "evaluate.json", result)

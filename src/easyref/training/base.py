@@ -125,8 +125,7 @@ def train_vae(params: Params, images: TrainingImages, work: Path) -> Path:
         noise = torch.stack([torch.randn(p.latent_channels, side, side, generator=torch_rng(params.seed, "vae", n)) for n in numbers])
         return vae_loss(vae, pixels, noise, p)
 
-    tensors = train(Task("base: vae", dict(vae.named_parameters()), loss, fingerprint), p, done.with_suffix(".safetensors"))
-    vae.load_state_dict(tensors, strict=False)
+    train(Task("base: vae", dict(vae.named_parameters()), loss, fingerprint), p, done.with_suffix(".safetensors"))
     vae.eval()
     with torch.no_grad():  # so that latents enter diffusion with unit variance, as in SD (scaling_factor)
         items = list(range(0, len(images.sha256s), max(1, len(images.sha256s) // 512)))
@@ -192,16 +191,17 @@ def build_text_encoders(p: TextToImage, texts: list[str], folder: Path):
 
 
 def build_unet(p: TextToImage, latent_channels: int, size: int) -> Any:
-    """SDXL's UNet in small: first level without attention, `text_time` added embeddings."""
+    """SDXL's UNet in small, with `text_time` added embeddings."""
     from diffusers import UNet2DConditionModel
 
-    levels = len(p.channels)
+    cross = [bool(layers) for layers in p.transformer_layers]
     return UNet2DConditionModel(
         sample_size=size, in_channels=latent_channels, out_channels=latent_channels,
-        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * (levels - 1),
-        up_block_types=("CrossAttnUpBlock2D",) * (levels - 1) + ("UpBlock2D",),
+        down_block_types=tuple("CrossAttnDownBlock2D" if c else "DownBlock2D" for c in cross),
+        up_block_types=tuple("CrossAttnUpBlock2D" if c else "UpBlock2D" for c in reversed(cross)),
         block_out_channels=tuple(p.channels), layers_per_block=p.layers, cross_attention_dim=2 * p.text_width,
-        transformer_layers_per_block=tuple(p.transformer_layers), attention_head_dim=tuple(c // p.head_dim for c in p.channels),
+        transformer_layers_per_block=tuple(max(1, n) for n in p.transformer_layers),
+        attention_head_dim=tuple(c // p.head_dim for c in p.channels),
         use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=16,
         projection_class_embeddings_input_dim=6 * 16 + p.text_width, norm_num_groups=16,
     )  # fmt: skip
@@ -262,7 +262,7 @@ def train_text_to_image(params: Params, images: TrainingImages, vae_folder: Path
 
     modules = nn.ModuleDict({"unet": unet, "text_encoder": encoder_1, "text_encoder_2": encoder_2})
     task = Task("base: text to image", dict(modules.named_parameters()), loss, fingerprint)
-    modules.load_state_dict(train(task, p, done.with_suffix(".safetensors")), strict=False)
+    train(task, p, done.with_suffix(".safetensors"))
     pipe: Any = StableDiffusionXLPipeline(
         vae=vae, text_encoder=encoder_1, text_encoder_2=encoder_2, tokenizer=tokenizer, tokenizer_2=tokenizer, unet=unet,
         scheduler=scheduler, force_zeros_for_empty_prompt=False, add_watermarker=False,
@@ -406,8 +406,7 @@ def train_captioning(params: Params, images: TrainingImages, work: Path) -> Path
         return F.cross_entropy(out.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
 
     task = Task("base: captioning", dict(model.named_parameters()), loss, fingerprint)
-    tensors = train(task, p, done.with_suffix(".safetensors"))
-    model.load_state_dict(tensors, strict=False)
+    train(task, p, done.with_suffix(".safetensors"))
     with atomic_folder(done) as folder:
         model.half().save_pretrained(folder)
         tokenizer.save_pretrained(folder)

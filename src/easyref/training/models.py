@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,8 @@ from easyref.model.weights import CheckpointConfig
 from easyref.records import sha256_file, sha256_json
 from easyref.seeds import torch_rng
 
+#: Parts that start from nothing or from a copy, and may learn faster (`new_part_rate`).
+NEW_PARTS = ("reference_tokens", "projector", "reference_kv")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -46,6 +48,18 @@ class Models:
         """Trainable tensors by their name in a checkpoint."""
         named = {f"encoder.{n}": p for n, p in self.encoder.named_parameters()}
         return named | {f"adapter.{n}": p for n, p in self.adapter.named_parameters().items()}
+
+    def trainable(self, trains: Collection[str], new_part_rate: float = 1.0) -> tuple[dict[str, nn.Parameter], dict[str, float]]:
+        """The parameters of the parts `trains` by checkpoint name, with their learning-rate factors; all others are frozen."""
+        names = {t: n for n, t in self.named_parameters().items()}
+        trained, factors = {}, {}
+        for part, tensors in {**self.encoder.parts(), **self.adapter.parts()}.items():
+            for tensor in tensors:
+                tensor.requires_grad_(part in trains)
+                if part in trains:
+                    trained[names[tensor]] = tensor
+                    factors[names[tensor]] = new_part_rate if part in NEW_PARTS else 1.0
+        return trained, factors
 
     def checkpoint_config(self, params: Params, stage: Stage, has_mllm: bool) -> CheckpointConfig:
         rank = stage.lora_rank or None

@@ -45,10 +45,10 @@ def learning_rate(seen: int, p: Optimisation) -> float:
     return p.learning_rate * up * down
 
 
-def train(task: Task, p: Optimisation, state_path: Path) -> dict[str, torch.Tensor]:
+def train(task: Task, p: Optimisation, state_path: Path) -> None:
     """Run `task` to `p.images` images, resuming from `state_path` when it holds a state of the same fingerprint.
 
-    Returns the trained tensors by name: the weight average when `p.ema_images` > 0, else the weights themselves.
+    Leaves the result in `task.parameters`: the weight average when `p.ema_images` > 0.
     The state file stays until the caller has stored the result and deletes it.
     """
     names = {parameter: name for name, parameter in task.parameters.items()}
@@ -114,8 +114,9 @@ def train(task: Task, p: Optimisation, state_path: Path) -> dict[str, torch.Tens
             _log(log, {"seen": seen, "loss": mean, "learning_rate": rate})
             losses.clear()
     progress.close()
-    result = average or [w.detach() for w in weights]
-    return dict(zip(task.parameters, (r.clone() for r in result), strict=True))
+    with torch.no_grad():
+        for weight, kept in zip(weights, average, strict=False):
+            weight.copy_(kept)
 
 
 def _groups(task: Task) -> list[dict]:

@@ -1,0 +1,1 @@
+"""Build programs: a checkpoint → ONNX graphs that are verified against torch. `python -m export --help`."""

@@ -1,0 +1,77 @@
+"""`python -m export CHECKPOINT OUT`: ONNX graphs of a checkpoint, verified against torch, with a manifest of hashes."""
+
+from __future__ import annotations
+
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from easyref.records import atomic_folder, read_json, sha256_file, write_json
+
+MANIFEST = "manifest.json"
+VERSIONS = ("torch", "diffusers", "onnx", "onnxscript", "onnxruntime")
+
+
+def inputs_of(checkpoint: Path, opset: int) -> dict:
+    """All that the graphs depend on."""
+    base = sorted((checkpoint.parent / "base").rglob("*.safetensors"))
+    code = sorted(Path(__file__).parent.glob("*.py"))
+    files = {str(path.relative_to(checkpoint.parent)): sha256_file(path) for path in [*sorted(checkpoint.iterdir()), *base]}
+    return {"opset": opset, "weights": files, "code": [sha256_file(p) for p in code], "versions": {n: version(n) for n in VERSIONS}}
+
+
+def fresh(out: Path, inputs: dict) -> bool:
+    """Whether `out` holds whole graphs of just these inputs."""
+    if not (out / MANIFEST).exists():
+        return False
+    manifest = read_json(out / MANIFEST)
+    whole = all((out / name).exists() and sha256_file(out / name) == digest for name, digest in manifest["files"].items())
+    return whole and manifest["inputs"] == inputs
+
+
+def run(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder; its base models beside it.")] = Path("models/finetune_multi"),
+    out: Annotated[Path, typer.Argument(help="Folder for the graphs.")] = Path("out/onnx"),
+    opset: Annotated[int, typer.Option(min=18, max=24)] = 20,
+    tolerance: Annotated[float, typer.Option(min=0, help="Largest difference to torch, of an output's largest value.")] = 1e-4,
+) -> None:
+    """ONNX graphs of a checkpoint, verified against torch."""
+    from easyref.pipeline import EasyRef
+    from export.graphs import export_graph, graphs
+    from export.verify import verify
+
+    inputs = inputs_of(checkpoint, opset)
+    if fresh(out, inputs):
+        print(f"{out}: up to date")
+        return
+    easyref = EasyRef.from_pretrained(checkpoint)
+    rows = []
+    with atomic_folder(out) as folder:
+        for graph in graphs(easyref):
+            begin = time.monotonic()
+            path = folder / f"{graph.name}.onnx"
+            export_graph(graph, path, opset)
+            found = verify(graph, path, tolerance)
+            worst = max(found, key=lambda d: d.largest)
+            rows.append({"graph": graph.name, "cases": len(found), "largest": worst.largest, "at": worst.case})
+            size, seconds = path.stat().st_size / 2**20, time.monotonic() - begin
+            print(f"{graph.name}: {size:.1f} MiB in {seconds:.0f} s; {len(found)} cases, at most {worst.largest:.1e} off")
+        files = {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
+        write_json(folder / MANIFEST, {"inputs": inputs, "files": files, "verified": rows})
+    print(f"{out}: {', '.join(files)}")
+
+
+def main() -> None:
+    try:
+        typer.run(run)
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        print(f"export: {str(error).splitlines()[0]}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""The inference graphs of one EasyRef as torch modules with flat inputs, and their export to ONNX.
+
+unet          sample, timestep, encoder_hidden_states, text_embeds, time_ids, reference_kv → noise; LoRA merged. Keys and values of the
+              references are an INPUT: they do not depend on the timestep, so they are computed once an image.
+reference_kv  tokens, scale → packed keys and values of all layers. λ is folded into the values (the output is linear in them), so the
+              UNet needs no scale input and a scale per layer costs nothing.
+vae_decoder   latents → image.
+
+Letters: B batch · T reference tokens · X cross-attention width · W packed keys and values · C,h,w latents · L text tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from easyref.model.attention import kv_layout, pack_reference_kv, packed_width, reference_kv
+from easyref.pipeline import EasyRef
+
+OPSET = 20
+MAX_BATCH = 16  # the exporter needs a bound below 64, where diffusers' upsampling takes another branch
+
+
+class UNet(nn.Module):
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor,
+        time_ids: Tensor,
+        reference_kv: Tensor,
+    ) -> Tensor:
+        """sample [B, C, h, w], timestep [], encoder_hidden_states [B, L, X], text_embeds [B, P], time_ids [B, 6],
+        reference_kv [B, T, W] → [B, C, h, w]."""
+        conditions = {"text_embeds": text_embeds, "time_ids": time_ids, "image_embeds": [reference_kv[:, None]]}
+        return self.unet(sample, timestep, encoder_hidden_states, added_cond_kwargs=conditions, return_dict=False)[0]
+
+
+class ReferenceKV(nn.Module):
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, tokens: Tensor, scale: Tensor) -> Tensor:
+        """tokens [B, T, X], scale [layers] → [B, T, W]."""
+        layers = reference_kv(self.unet, tokens)
+        return pack_reference_kv([(k, v * scale[i]) for i, (k, v) in enumerate(layers)])[:, 0]
+
+
+class Decoder(nn.Module):
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """latents [B, C, h, w], as diffusion leaves them → image [B, 3, H, W] in [-1, 1]."""
+        return self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One graph: module, example inputs by name, which of their axes are free, names of the outputs."""
+
+    name: str
+    module: nn.Module
+    inputs: dict[str, Tensor]
+    free: dict[str, dict[int, Any]]
+    outputs: Sequence[str]
+
+
+def graphs(easyref: EasyRef) -> list[Graph]:
+    """Examples have a batch of two and odd sizes: at even ones the exporter fixes every upsampling to a factor of two."""
+    pipe, tokens_T = easyref.pipe, easyref.encoder.config.num_tokens
+    unet, vae = pipe.unet.eval(), pipe.vae.eval()
+    easyref.adapter.set_scale(1.0)
+    c = unet.config
+    layout = kv_layout(unet)
+    b, h, w, length = torch.export.Dim("b", min=1, max=MAX_BATCH), torch.export.Dim("h"), torch.export.Dim("w"), torch.export.Dim("l")
+    rng = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng).to(unet.dtype)
+
+    pooled = pipe.text_encoder_2.config.projection_dim
+    latents = draw(2, c.in_channels, 9, 11)
+    unet_inputs = {
+        "sample": latents, "timestep": torch.tensor(500), "encoder_hidden_states": draw(2, 7, c.cross_attention_dim),
+        "text_embeds": draw(2, pooled), "time_ids": draw(2, 6), "reference_kv": draw(2, tokens_T, packed_width(layout)),
+    }  # fmt: skip
+    return [
+        Graph(
+            "unet", UNet(unet), unet_inputs,
+            {"sample": {0: b, 2: h, 3: w}, "timestep": {}, "encoder_hidden_states": {0: b, 1: length}, "text_embeds": {0: b},
+             "time_ids": {0: b}, "reference_kv": {0: b}}, ["noise"],
+        ),
+        Graph(
+            "reference_kv", ReferenceKV(unet), {"tokens": draw(2, tokens_T, c.cross_attention_dim), "scale": torch.ones(len(layout))},
+            {"tokens": {0: b}, "scale": {}}, ["reference_kv"],
+        ),
+        Graph("vae_decoder", Decoder(vae), {"latents": latents}, {"latents": {0: b, 2: h, 3: w}}, ["image"]),
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+def export_graph(graph: Graph, path: Path, opset: int = OPSET) -> None:
+    """Write `path` (and `path`.data beside it if the weights are large), without the exporter's stack traces and paths."""
+    import onnx
+
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it says for every operator that torchvision is missing
+    program = torch.onnx.export(
+        graph.module.eval(), (), kwargs=graph.inputs, dynamo=True, opset_version=opset, input_names=list(graph.inputs),
+        output_names=list(graph.outputs), dynamic_shapes=graph.free, external_data=False, verbose=False,
+    )  # fmt: skip
+    assert program is not None
+    model = program.model_proto
+    for node in [*model.graph.node, *(node for function in model.functions for node in function.node)]:
+        del node.metadata_props[:]
+    large = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > 2**30
+    if large:
+        onnx.save_model(model, path, save_as_external_data=True, all_tensors_to_one_file=True, location=f"{path.name}.data")
+    else:
+        onnx.save_model(model, path)
+    onnx.checker.check_model(str(path))

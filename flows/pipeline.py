@@ -1,0 +1,126 @@
+"""The flow `easyref`: the stages of dvc.yaml in the order of its graph, then the release of the model.
+
+DVC says what is out of date, Prefect when and where it runs, MLflow what came out.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+from prefect import flow, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.futures import PrefectFuture
+from prefect.logging import get_run_logger
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from easyref.evaluation.summary import summary
+from easyref.records import read_json
+from flows.release import release_model
+from flows.stages import Locked, StageFailed, run_child, run_stage, stop_all
+
+PROJECT = Path(__file__).parents[1]
+SHIPPED = ("ingest", "base", "pretrain")  # made long ago, in the bundled remote
+
+
+def order(project: Path, wanted: list[str] | None = None) -> dict[str, list[str]]:
+    """Stages (all, or `wanted`) in an order that respects the DVC graph, each with those it must wait for.
+
+    Raises:
+        ValueError: a stage that dvc.yaml does not have.
+    """
+    import networkx
+    from dvc.repo import Repo
+
+    with Repo(str(project)) as repo:
+        graph = repo.index.graph  # edge: stage → what it depends on
+        names = {stage: stage.name for stage in graph}
+        known = [names[stage] for stage in networkx.lexicographical_topological_sort(graph.reverse(), key=lambda s: s.name)]
+        unknown = [name for name in wanted or [] if name not in known]
+        if unknown:
+            raise ValueError(f"stage {unknown[0]!r}: not in dvc.yaml; it has {', '.join(known)}")
+        ancestors = {names[stage]: {names[other] for other in networkx.descendants(graph, stage)} for stage in graph}
+    chosen = [name for name in known if not wanted or name in wanted]
+    return {name: [other for other in chosen if other in ancestors[name]] for name in chosen}
+
+
+@task(name="pull", cache_policy=NO_CACHE, persist_result=False)
+def pull_shipped(project: str, stages: list[str]) -> None:
+    """What dvc.lock has of `stages`. DVC then makes anew what does not fit the parameters in force."""
+    lock = Path(project) / "dvc.lock"
+    locked = yaml.safe_load(lock.read_text())["stages"] if lock.exists() else {}
+    if there := [stage for stage in stages if stage in locked]:
+        run_child("pull", [sys.executable, "-m", "dvc", "pull", "--quiet", *there], Path(project), None)
+
+
+@flow(name="easyref", task_runner=ThreadPoolTaskRunner(max_workers=2))  # type: ignore[arg-type]
+def easyref(
+    stages: list[str] | None = None, release: bool = True, preset: str | None = None, project: str | None = None,
+    timeout_s: float | None = None,
+) -> dict[str, str]:  # fmt: skip
+    """Run `stages` of dvc.yaml (None: all), then register the model and compare it with the champion.
+
+    Args:
+        preset: put presets/PRESET.yaml in force first. None: params.yaml as it is.
+        project: the project folder. None: the one this file is in.
+        timeout_s: of each stage; it is stopped then, and its state kept.
+    """
+    logger, place = get_run_logger(), Path(project) if project else PROJECT
+    if preset:
+        run_child("preset", [sys.executable, "-m", "easyref.cli", "preset", preset], place, None)
+    plan = order(place, stages) if stages != [] else {}
+    futures: dict[str, PrefectFuture] = {}
+    try:
+        pull_shipped(str(place), [stage for stage in SHIPPED if stage in plan])
+        for name, needs in plan.items():
+            waits = [futures[other] for other in needs]
+            futures[name] = run_stage.submit(name, str(place), timeout_s, wait_for=waits)  # type: ignore[call-overload]
+        results = {name: future.result() for name, future in futures.items()}
+    except BaseException:
+        stop_all()
+        raise
+    if release:
+        registered = release_model(place)
+        logger.info("version %s is %s: %s", registered.version, registered.alias, registered.reason)
+        results["release"] = f"version {registered.version}, {registered.alias}"
+    write_summary(place, results)
+    return results
+
+
+def write_summary(project: Path, results: dict[str, str]) -> None:
+    """What came out, as an artifact of the flow run."""
+    lines = ["| stage | |", "|---|---|", *(f"| {name} | {what} |" for name, what in results.items())]
+    path = project / "metrics" / "evaluate.json"
+    if path.exists():
+        held_out = read_json(path)["held_out"]
+        lines += ["", "| held out | right | shuffled | none |", "|---|---|---|---|"]
+        rows = {name: m for name, m in held_out.items() if isinstance(m, dict) and "right" in m}
+        lines += [f"| {n} | {m['right']:.4f} | {m['shuffled']:.4f} | {m['none']:.4f} |" for n, m in rows.items()]
+        lines += ["", *summary(project).splitlines()]
+    create_markdown_artifact("\n".join(lines), key="summary", description="What the flow made")
+
+
+def up_to_date(project: Path) -> bool:
+    """Whether `dvc repro` would run nothing. A second or two, without a server."""
+    status = [sys.executable, "-m", "dvc", "status", "--json"]
+    done = subprocess.run(status, cwd=project, capture_output=True, text=True, check=False)
+    return done.returncode == 0 and done.stdout.strip() == "{}"
+
+
+def main() -> None:
+    """`python -m flows.pipeline`: the flow without a server left behind; asks DVC first."""
+    if up_to_date(PROJECT):
+        print("everything is up to date")
+    else:
+        try:
+            easyref()
+        except (StageFailed, Locked) as error:
+            raise SystemExit(f"easyref: {error}") from None
+    print(summary(PROJECT))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""THE task of the flow: run one DVC stage as a child process, its output line by line in the flow run's log."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.logging import get_run_logger
+
+from easyref.tracking import StageRun
+
+TRAINED = ("pretrain", "finetune_single", "finetune_multi")
+GRACE = 30  # seconds between SIGTERM and SIGKILL
+EVERY = 10.0  # seconds between two updates of the progress artifact
+_running: set[subprocess.Popen] = set()
+
+
+class StageFailed(RuntimeError):
+    """A stage ended with an exit code other than zero; the message has its last lines."""
+
+
+class Locked(RuntimeError):
+    """Another DVC process holds the stage's files: the one failure that passes by waiting."""
+
+
+def _transient(task: object, run: object, state: object) -> bool:
+    try:
+        state.result()  # type: ignore[attr-defined]
+    except Locked:
+        return True
+    except Exception:
+        return False
+    return False
+
+
+def command(stage: str) -> list[str]:
+    return [sys.executable, "-m", "dvc", "repro", "--single-item", stage]
+
+
+@task(
+    name="stage", task_run_name="{stage}", cache_policy=NO_CACHE, persist_result=False, retries=3, retry_delay_seconds=[5, 15, 45],
+    retry_condition_fn=_transient,
+)  # fmt: skip
+def run_stage(stage: str, project: str, timeout_s: float | None = None) -> str:
+    """Run `dvc repro --single-item STAGE`. Returns `ran` or `up to date`.
+
+    Raises:
+        StageFailed: exit code, or `timeout_s` seconds passed; the message ends with the stage's last lines.
+    """
+    logger, place = get_run_logger(), Path(project)
+    if stage in TRAINED:
+        with StageRun(place, stage, place / ".work" / f"{stage}.jsonl", logger.warning):
+            lines = run_child(stage, command(stage), place, timeout_s)
+    else:
+        lines = run_child(stage, command(stage), place, timeout_s)
+    return "up to date" if any("didn't change, skipping" in line for line in lines) else "ran"
+
+
+def run_child(name: str, words: list[str], project: Path, timeout_s: float | None) -> list[str]:
+    """Run a program in `project` to its end, logging what it prints. Its last 200 lines.
+
+    Raises:
+        StageFailed, Locked: see there.
+    """
+    logger, last, progress = get_run_logger(), deque[str](maxlen=200), _Progress(name)
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"  # a stage calls `easyref`: this one
+    child = subprocess.Popen(
+        words, cwd=project, env=environment | {"PATH": path}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
+    )  # fmt: skip
+    _running.add(child)
+    timer = threading.Timer(timeout_s, lambda: stop(child)) if timeout_s else None
+    begin = time.monotonic()
+    try:
+        if timer:
+            timer.start()
+        assert child.stdout
+        for raw in child.stdout:  # text mode takes the \r of progress bars for line ends
+            if line := raw.rstrip():
+                last.append(line)
+                logger.info("%s", line)
+                progress.read(line)
+        code = child.wait()
+    except BaseException:
+        stop(child)
+        raise
+    finally:
+        _running.discard(child)
+        if timer:
+            timer.cancel()
+    if code:
+        tail = "\n".join(list(last)[-15:])
+        if any("Unable to acquire lock" in line or "is busy" in line for line in last):
+            raise Locked(f"{name}: another DVC process works on it\n{tail}")
+        late = timeout_s is not None and time.monotonic() - begin >= timeout_s
+        raise StageFailed(f"{name}: {f'stopped after {timeout_s:g} s' if late else f'exit code {code}'}\n{tail}")
+    progress.end()
+    return list(last)
+
+
+def stop(child: subprocess.Popen) -> None:
+    """SIGTERM to the child and all it started; SIGKILL if that does not end it. A training keeps its state."""
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGTERM)
+        try:
+            child.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+
+
+def stop_all() -> None:
+    """Stop every stage that runs: the flow run was cancelled."""
+    for child in list(_running):
+        stop(child)
+
+
+class _Progress:
+    """A progress artifact that follows the percentages of a progress bar; made at the first of them."""
+
+    def __init__(self, name: str) -> None:
+        self.key = f"progress-{name.replace('_', '-')}"
+        self.artifact: Any = None
+        self.shown, self.at = -1.0, 0.0
+
+    def read(self, line: str) -> None:
+        found = re.search(r"(\d{1,3})%\|", line)
+        if found and time.monotonic() - self.at >= EVERY:
+            self._show(float(found[1]))
+
+    def end(self) -> None:
+        if self.artifact is not None:
+            self._show(100.0)
+
+    def _show(self, percent: float) -> None:
+        with suppress(Exception):  # a picture of progress is not worth a training
+            if self.artifact is None:
+                self.artifact = create_progress_artifact(progress=percent, key=self.key)
+            elif percent != self.shown:
+                update_progress_artifact(artifact_id=self.artifact, progress=percent)
+            self.shown, self.at = percent, time.monotonic()

@@ -1,0 +1,120 @@
+"""The flow `easyref` on a small DVC project, under a real Prefect server: order, failure, up to date, cancel, timeout."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import chdir
+from pathlib import Path
+
+import pytest
+import yaml
+from dvc.repo import Repo
+from prefect.settings import get_current_settings
+from prefect.testing.utilities import prefect_test_harness
+
+from flows import pipeline
+from flows.pipeline import easyref, order
+from flows.stages import StageFailed
+
+ROOT = Path(__file__).parents[2]
+#: Waits until it is told to end, and notes that.
+PATIENT = """
+import pathlib, signal, sys, time
+def end(*_):
+    pathlib.Path("told").write_text("SIGTERM")
+    sys.exit(143)
+signal.signal(signal.SIGTERM, end)
+pathlib.Path("started").touch()
+time.sleep(120)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server() -> Iterator[None]:
+    with prefect_test_harness(server_startup_timeout=180):
+        yield
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """first → second → third, and `other` beside them."""
+    python = sys.executable
+    (tmp_path / "patient.py").write_text(PATIENT)
+    stages = {
+        "third": {"cmd": "cat second > third && echo third >> ran", "deps": ["second"], "outs": ["third"]},
+        "second": {"cmd": "cat first > second && echo second >> ran", "deps": ["first"], "outs": ["second"]},
+        "first": {"cmd": "echo one > first && echo first >> ran", "outs": ["first"]},
+        "other": {"cmd": "echo o > other && echo other >> ran", "outs": ["other"]},
+        "patient": {"cmd": f"{python} patient.py", "outs": ["never"]},
+    }
+    (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvc" / "config").write_text("[core]\n    no_scm = true\n    analytics = false\n")
+    return tmp_path
+
+
+def edit(project: Path, stage: str, cmd: str) -> None:
+    values = yaml.safe_load((project / "dvc.yaml").read_text())
+    values["stages"][stage]["cmd"] = cmd
+    (project / "dvc.yaml").write_text(yaml.safe_dump(values))
+
+
+def test_order_is_the_one_of_the_dvc_graph() -> None:
+    plan = order(ROOT)
+    assert list(plan) == list(yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"])
+    with Repo(str(ROOT)) as repo:
+        for stage, needed in repo.index.graph.edges:
+            assert needed.name in plan[stage.name]
+    assert order(ROOT, ["evaluate", "split"]) == {"split": [], "evaluate": ["split"]}  # through stages that are left out
+    with pytest.raises(ValueError, match=r"stage 'pretain': not in dvc.yaml; it has .*pretrain"):
+        order(ROOT, ["pretain"])
+
+
+def test_stages_run_in_order_and_once(project: Path) -> None:
+    wanted = ["third", "second", "first", "other"]
+    assert easyref(wanted, release=False, project=str(project)) == dict.fromkeys(["first", "other", "second", "third"], "ran")
+    ran = (project / "ran").read_text().split()
+    assert sorted(ran) == sorted(wanted) and [s for s in ran if s != "other"] == ["first", "second", "third"]
+    edit(project, "second", "echo two > second && echo second >> ran")
+    again = easyref(wanted, release=False, project=str(project))
+    assert again == {"first": "up to date", "other": "up to date", "second": "ran", "third": "ran"}
+    assert (project / "third").read_text() == "two\n"
+
+
+def test_a_failing_stage_fails_the_flow_with_its_last_lines(project: Path) -> None:
+    edit(project, "second", "echo all is lost && exit 3")
+    with pytest.raises(StageFailed, match=r"(?s)second: exit code \d+\n.*all is lost"):
+        easyref(["first", "second", "third"], release=False, project=str(project))
+    assert (project / "first").exists() and not (project / "third").exists()
+
+
+def test_a_stage_that_takes_too_long_is_told_to_end(project: Path) -> None:
+    with pytest.raises(StageFailed, match=r"patient: stopped after 8 s"):
+        easyref(["patient"], release=False, project=str(project), timeout_s=8)
+    assert (project / "told").read_text() == "SIGTERM"
+
+
+def test_a_cancelled_flow_tells_its_stage_to_end(project: Path) -> None:
+    """As Prefect's worker cancels: SIGTERM to the process of the flow run."""
+    program = f"from flows.pipeline import easyref; easyref(['patient'], release=False, project={str(project)!r})"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PREFECT_API_URL": str(get_current_settings().api.url)}
+    flow = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=env)
+    end = time.monotonic() + 120
+    while not (project / "started").exists() and time.monotonic() < end:
+        time.sleep(0.2)
+    flow.send_signal(signal.SIGTERM)
+    assert flow.wait(60) != 0
+    assert (project / "told").read_text() == "SIGTERM"
+
+
+def test_dvc_says_what_is_up_to_date(project: Path) -> None:
+    values = yaml.safe_load((project / "dvc.yaml").read_text())
+    del values["stages"]["patient"]
+    (project / "dvc.yaml").write_text(yaml.safe_dump(values))
+    assert not pipeline.up_to_date(project)
+    with chdir(project):
+        Repo().reproduce()
+    assert pipeline.up_to_date(project)
