@@ -24,7 +24,14 @@ def small(**text_to_image: float) -> Params:
     values["threads"] = 1
     b = values["base"]
     b["vae"] |= SHORT | {"channels": [8, 8, 16]}
-    b["text_to_image"] |= SHORT | {"channels": [32, 32, 64], "text_width": 32, "text_layers": 2, "vocabulary": 300, **text_to_image}
+    b["text_to_image"] |= SHORT | {
+        "channels": [32, 64],
+        "transformer_layers": [0, 1],
+        "text_width": 32,
+        "text_layers": 2,
+        "vocabulary": 300,
+        **text_to_image,
+    }
     b["captioning"] |= SHORT | {"width": 64, "intermediate": 64, "layers": 2, "heads": 2, "kv_heads": 1, "vision_width": 32}
     b["captioning"] |= {"vision_layers": 1, "vision_heads": 2, "vocabulary": 400}
     return parse_params(values)

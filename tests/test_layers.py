@@ -30,6 +30,7 @@ def test_arrows_point_one_way() -> None:
 
 
 def test_orchestration_packages_are_never_imported_at_import() -> None:
-    for file in SOURCE.rglob("*.py"):
+    for file in set(SOURCE.rglob("*.py")) - {SOURCE / "pyfunc.py"}:  # which MLflow runs, and nothing imports
+        assert not any(name.startswith("easyref.pyfunc") for name in imported(file))
         found = {name.split(".")[0] for name in imported(file, top_only=True)} & NEVER_AT_IMPORT
         assert not found, f"{file} imports {found} at the top"

@@ -117,7 +117,7 @@ def test_report_has_every_stage_and_fits_the_screen(nano: Params, planned, monke
     text, values = plan.report(nano, BASE, 0.1, False), json.loads(plan.report(nano, BASE, 0.1, True))
     assert max(map(len, text.splitlines())) <= 120
     assert list(values["stages"]) == list(yaml.safe_load(Path("dvc.yaml").read_text())["stages"])
-    (first,), (last,) = values["stages"]["pretrain"], values["stages"]["finetune_multi"]
+    (_, first), (last,) = values["stages"]["pretrain"], values["stages"]["finetune_multi"]
     assert first["seconds"] == pytest.approx(nano.pretrain.images * first["flop"] / (0.1e12 * plan.EFFICIENCY))
     assert first["memory"] == first["weights"] + first["encode"]  # 64 images at once, against microbatches of 4
     assert last["memory"] == last["weights"] + last["optimizer"] + last["activations"]

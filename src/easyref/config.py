@@ -96,6 +96,14 @@ class TextToImage(Optimisation):
     drop_label: float = Share  # each label of a caption is left out with this probability
     min_snr: float | None
 
+    @model_validator(mode="after")
+    def _levels(self) -> TextToImage:
+        if len(self.transformer_layers) != len(self.channels):
+            raise ValueError(
+                f"transformer_layers has {len(self.transformer_layers)} levels, channels {len(self.channels)}; give as many"
+            )
+        return self
+
 
 class Captioning(Optimisation):
     vocabulary: PositiveInt
