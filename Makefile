@@ -8,7 +8,7 @@ export MPLBACKEND = Agg
 
 .PHONY: run test test-long up down lint clean
 run: $(VENV)/.installed ## data, training, evaluation, report
-	@python -m flows.pipeline # not `dvc repro --pull`: it takes uncached outputs that are missing for done
+	@python -m flows # not `dvc repro --pull`: it takes uncached outputs that are missing for done
 
 test: $(VENV)/.installed ## the tests
 	@dvc pull --quiet ingest base pretrain

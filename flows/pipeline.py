@@ -5,7 +5,6 @@ DVC says what is out of date, Prefect when and where it runs, MLflow what came o
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from easyref.evaluation.summary import summary
 from easyref.records import read_json
 from flows.release import release_model
-from flows.stages import Locked, StageFailed, run_child, run_stage, stop_all
+from flows.stages import run_child, run_stage, stop_all
 
 PROJECT = Path(__file__).parents[1]
 SHIPPED = ("ingest", "base", "pretrain")  # made long ago, in the bundled remote
@@ -101,26 +100,3 @@ def write_summary(project: Path, results: dict[str, str]) -> None:
         lines += [f"| {n} | {m['right']:.4f} | {m['shuffled']:.4f} | {m['none']:.4f} |" for n, m in rows.items()]
         lines += ["", *summary(project).splitlines()]
     create_markdown_artifact("\n".join(lines), key="summary", description="What the flow made")
-
-
-def up_to_date(project: Path) -> bool:
-    """Whether `dvc repro` would run nothing. A second or two, without a server."""
-    status = [sys.executable, "-m", "dvc", "status", "--json"]
-    done = subprocess.run(status, cwd=project, capture_output=True, text=True, check=False)
-    return done.returncode == 0 and done.stdout.strip() == "{}"
-
-
-def main() -> None:
-    """`python -m flows.pipeline`: the flow without a server left behind; asks DVC first."""
-    if up_to_date(PROJECT):
-        print("everything is up to date")
-    else:
-        try:
-            easyref()
-        except (StageFailed, Locked) as error:
-            raise SystemExit(f"easyref: {error}") from None
-    print(summary(PROJECT))
-
-
-if __name__ == "__main__":
-    main()

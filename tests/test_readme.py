@@ -116,7 +116,7 @@ def generate(words: list[str], place: Path) -> None:
 
 def test_make_run_is_made_of_commands_that_exist() -> None:
     lines = [shlex.split(line) for line in recipe("run") if line.startswith(("easyref ", "dvc "))]
-    assert not lines and recipe("run")[-1] == "python -m flows.pipeline"
+    assert not lines and recipe("run")[-1] == "python -m flows"
 
 
 def test_table_of_verbs_is_the_verbs() -> None:

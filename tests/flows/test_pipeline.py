@@ -15,7 +15,7 @@ from dvc.repo import Repo
 from prefect.settings import get_current_settings
 from prefect.testing.utilities import prefect_test_harness
 
-from flows import pipeline
+from flows.__main__ import up_to_date
 from flows.pipeline import easyref, order
 from flows.stages import StageFailed
 
@@ -114,7 +114,7 @@ def test_dvc_says_what_is_up_to_date(project: Path) -> None:
     values = yaml.safe_load((project / "dvc.yaml").read_text())
     del values["stages"]["patient"]
     (project / "dvc.yaml").write_text(yaml.safe_dump(values))
-    assert not pipeline.up_to_date(project)
+    assert not up_to_date(project)
     with chdir(project):
         Repo().reproduce()
-    assert pipeline.up_to_date(project)
+    assert up_to_date(project)
