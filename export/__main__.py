@@ -10,18 +10,22 @@ from typing import Annotated
 
 import typer
 
+from easyref.model import attention
 from easyref.records import atomic_folder, read_json, sha256_file, write_json
 
 MANIFEST = "manifest.json"
 VERSIONS = ("torch", "diffusers", "onnx", "onnxscript", "onnxruntime")
 
 
-def inputs_of(checkpoint: Path, opset: int) -> dict:
-    """All that the graphs depend on."""
-    base = sorted((checkpoint.parent / "base").rglob("*.safetensors"))
-    code = sorted(Path(__file__).parent.glob("*.py"))
+def inputs_of(checkpoint: Path, opset: int, tolerance: float) -> dict:
+    """All that the graphs and what is said of them depend on."""
+    base = sorted(path for path in (checkpoint.parent / "base").rglob("*") if path.is_file())
+    code = sorted([*Path(__file__).parent.glob("*.py"), *Path(attention.__file__).parent.glob("*.py")])
     files = {str(path.relative_to(checkpoint.parent)): sha256_file(path) for path in [*sorted(checkpoint.iterdir()), *base]}
-    return {"opset": opset, "weights": files, "code": [sha256_file(p) for p in code], "versions": {n: version(n) for n in VERSIONS}}
+    return {
+        "opset": opset, "tolerance": tolerance, "files": files, "code": [sha256_file(path) for path in code],
+        "versions": {name: version(name) for name in VERSIONS},
+    }  # fmt: skip
 
 
 def fresh(out: Path, inputs: dict) -> bool:
@@ -44,7 +48,7 @@ def run(
     from export.graphs import export_graph, graphs
     from export.verify import verify
 
-    inputs = inputs_of(checkpoint, opset)
+    inputs = inputs_of(checkpoint, opset, tolerance)
     if fresh(out, inputs):
         print(f"{out}: up to date")
         return

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from easyref.model.attention import kv_layout, pack_reference_kv, packed_width, reference_kv
 from easyref.pipeline import EasyRef
 
-OPSET = 20
 MAX_BATCH = 16  # the exporter needs a bound below 64, where diffusers' upsampling takes another branch
 
 
@@ -113,7 +112,7 @@ def graphs(easyref: EasyRef) -> list[Graph]:
 
 
 @torch.no_grad()
-def export_graph(graph: Graph, path: Path, opset: int = OPSET) -> None:
+def export_graph(graph: Graph, path: Path, opset: int) -> None:
     """Write `path` (and `path`.data beside it if the weights are large), without the exporter's stack traces and paths."""
     import onnx
 

@@ -1,6 +1,9 @@
 """Orchestration: Prefect decides when and where, DVC what is out of date (`pipeline`), MLflow what came out (`release`)."""
 
 import os
+from pathlib import Path
+
+PROJECT = Path(__file__).parents[1]
 
 # Before prefect is imported: nothing is sent to anybody, and a busy machine may take its time to start the server of a single run.
 for _name, _value in {

@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 from easyref.evaluation.summary import summary
-
-PROJECT = Path(__file__).parents[1]
+from flows import PROJECT
 
 
 def up_to_date(project: Path) -> bool:

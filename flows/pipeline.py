@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import yaml
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
@@ -17,16 +16,17 @@ from prefect.logging import get_run_logger
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from easyref.evaluation.summary import summary
+from easyref.lineage import locked
 from easyref.records import read_json
+from flows import PROJECT
 from flows.release import release_model
 from flows.stages import run_child, run_stage, stop_all
 
-PROJECT = Path(__file__).parents[1]
 SHIPPED = ("ingest", "base", "pretrain")  # made long ago, in the bundled remote
 
 
 def order(project: Path, wanted: list[str] | None = None) -> dict[str, list[str]]:
-    """Stages (all, or `wanted`) in an order that respects the DVC graph, each with those it must wait for.
+    """Stages (None: all, or `wanted`) in an order that respects the DVC graph, each with those it must wait for.
 
     Raises:
         ValueError: a stage that dvc.yaml does not have.
@@ -42,16 +42,14 @@ def order(project: Path, wanted: list[str] | None = None) -> dict[str, list[str]
         if unknown:
             raise ValueError(f"stage {unknown[0]!r}: not in dvc.yaml; it has {', '.join(known)}")
         ancestors = {names[stage]: {names[other] for other in networkx.descendants(graph, stage)} for stage in graph}
-    chosen = [name for name in known if not wanted or name in wanted]
+    chosen = [name for name in known if wanted is None or name in wanted]
     return {name: [other for other in chosen if other in ancestors[name]] for name in chosen}
 
 
 @task(name="pull", cache_policy=NO_CACHE, persist_result=False)
 def pull_shipped(project: str, stages: list[str]) -> None:
     """What dvc.lock has of `stages`. DVC then makes anew what does not fit the parameters in force."""
-    lock = Path(project) / "dvc.lock"
-    locked = yaml.safe_load(lock.read_text())["stages"] if lock.exists() else {}
-    if there := [stage for stage in stages if stage in locked]:
+    if there := [stage for stage in stages if stage in locked(Path(project))]:
         run_child("pull", [sys.executable, "-m", "dvc", "pull", "--quiet", *there], Path(project), None)
 
 
@@ -70,7 +68,7 @@ def easyref(
     logger, place = get_run_logger(), Path(project) if project else PROJECT
     if preset:
         run_child("preset", [sys.executable, "-m", "easyref.cli", "preset", preset], place, None)
-    plan = order(place, stages) if stages != [] else {}
+    plan = order(place, stages)
     futures: dict[str, PrefectFuture] = {}
     try:
         pull_shipped(str(place), [stage for stage in SHIPPED if stage in plan])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from prefect.runtime import flow_run
 
 from easyref import tracking
 from easyref.tracking import Registered
@@ -14,7 +15,7 @@ from easyref.tracking import Registered
 @task(name="register", cache_policy=NO_CACHE, persist_result=False)
 def register(project: str) -> str:
     """A new version of the registered model `easyref`."""
-    return tracking.register(Path(project))
+    return tracking.register(Path(project), str(flow_run.id or ""))
 
 
 @task(name="gate", cache_policy=NO_CACHE, persist_result=False)

@@ -19,9 +19,9 @@ import psutil
 from prefect.settings.profiles import load_profiles
 
 from easyref.records import read_json, write_json
+from flows import PROJECT
 
-PROJECT = Path(__file__).parents[1]
-HOST, PREFECT_PORT, MLFLOW_PORT = "127.0.0.1", 4200, 5000
+HOST, PREFECT_PORT, MLFLOW_PORT, WORKER_PORT = "127.0.0.1", 4200, 5000, 8080
 POOL = PROFILE = "easyref"
 WAIT = 180  # seconds for a service to answer
 Started = dict[str, tuple[int, float]]  # by name: process and when it was started
@@ -38,14 +38,18 @@ def environment(project: Path) -> dict[str, str]:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "PREFECT_API_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{project}/.prefect/prefect.db",
         "PREFECT_API_URL": f"http://{HOST}:{PREFECT_PORT}/api",
+        "PREFECT_WORKER_WEBSERVER_HOST": HOST,
+        "PREFECT_WORKER_WEBSERVER_PORT": str(WORKER_PORT),
         "PYTHONPATH": str(project),
     }
 
 
 def up(project: Path) -> None:
     if (project / STATE).exists():
-        raise SystemExit("services: already up; `make down` stops them")
-    for name, port in (("Prefect", PREFECT_PORT), ("MLflow", MLFLOW_PORT)):
+        if any(_alive(*process) for process in read_json(project / STATE)["started"].values()):
+            raise SystemExit("services: already up; `make down` stops them")
+        down(project)  # the machine was restarted: the profile is still to be put back
+    for name, port in (("Prefect", PREFECT_PORT), ("MLflow", MLFLOW_PORT), ("Prefect's worker", WORKER_PORT)):
         with socket.socket() as probe:
             if probe.connect_ex((HOST, port)) == 0:
                 raise SystemExit(f"services: port {port} of {name} is taken; stop what listens there")
@@ -63,11 +67,12 @@ def up(project: Path) -> None:
         _start(project, "mlflow", mlflow, env, started, previous)
         _wait(project, "prefect", f"http://{HOST}:{PREFECT_PORT}/api/health", started)
         _call(project, env, "prefect", "work-pool", "create", POOL, "--type", "process", "--overwrite")
+        _call(project, env, "prefect", "work-pool", "set-concurrency-limit", POOL, "1")  # two runs would fight over the folder
         _call(project, env, "prefect", "--no-prompt", "deploy", "--all")
         worker = ["prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", "local", "--with-healthcheck"]
-        _start(project, "worker", worker, env | {"PREFECT_WORKER_WEBSERVER_HOST": HOST}, started, previous)
+        _start(project, "worker", worker, env, started, previous)
         _wait(project, "mlflow", f"http://{HOST}:{MLFLOW_PORT}/health", started)
-        _wait(project, "worker", f"http://{HOST}:8080/health", started)
+        _wait(project, "worker", f"http://{HOST}:{WORKER_PORT}/health", started)
         _use_profile(project, env)
     except BaseException:
         down(project)

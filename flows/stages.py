@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import deque
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ from prefect import task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
 
+from easyref.config import Params, Stage
 from easyref.tracking import StageRun
 
-TRAINED = ("pretrain", "finetune_single", "finetune_multi")
+TRAINED = [name for name, field in Params.model_fields.items() if field.annotation is Stage]
 GRACE = 30  # seconds between SIGTERM and SIGKILL
 EVERY = 10.0  # seconds between two updates of the progress artifact
 _running: set[subprocess.Popen] = set()
@@ -35,18 +37,8 @@ class Locked(RuntimeError):
     """Another DVC process holds the stage's files: the one failure that passes by waiting."""
 
 
-def _transient(task: object, run: object, state: object) -> bool:
-    try:
-        state.result()  # type: ignore[attr-defined]
-    except Locked:
-        return True
-    except Exception:
-        return False
-    return False
-
-
-def command(stage: str) -> list[str]:
-    return [sys.executable, "-m", "dvc", "repro", "--single-item", stage]
+def _transient(_task: Any, _run: Any, state: Any) -> bool:
+    return isinstance(state.result(raise_on_failure=False), Locked)
 
 
 @task(
@@ -59,12 +51,10 @@ def run_stage(stage: str, project: str, timeout_s: float | None = None) -> str:
     Raises:
         StageFailed: exit code, or `timeout_s` seconds passed; the message ends with the stage's last lines.
     """
-    logger, place = get_run_logger(), Path(project)
-    if stage in TRAINED:
-        with StageRun(place, stage, place / ".work" / f"{stage}.jsonl", logger.warning):
-            lines = run_child(stage, command(stage), place, timeout_s)
-    else:
-        lines = run_child(stage, command(stage), place, timeout_s)
+    place, words = Path(project), [sys.executable, "-m", "dvc", "repro", "--single-item", stage]
+    log, say = place / ".work" / f"{stage}.jsonl", get_run_logger().warning
+    with StageRun(place, stage, log, say, str(flow_run.id or "")) if stage in TRAINED else nullcontext():
+        lines = run_child(stage, words, place, timeout_s)
     return "up to date" if any("didn't change, skipping" in line for line in lines) else "ran"
 
 
@@ -103,7 +93,7 @@ def run_child(name: str, words: list[str], project: Path, timeout_s: float | Non
             timer.cancel()
     if code:
         tail = "\n".join(list(last)[-15:])
-        if any("Unable to acquire lock" in line or "is busy" in line for line in last):
+        if any("Unable to acquire lock" in line or "it is being blocked by" in line for line in last):
             raise Locked(f"{name}: another DVC process works on it\n{tail}")
         late = timeout_s is not None and time.monotonic() - begin >= timeout_s
         raise StageFailed(f"{name}: {f'stopped after {timeout_s:g} s' if late else f'exit code {code}'}\n{tail}")

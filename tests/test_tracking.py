@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from easyref import tracking
+from easyref.config import Release
 from easyref.data.shards import ImageStore
 from easyref.pipeline import EasyRef, Request
 from easyref.records import read_json, write_json
@@ -94,7 +95,7 @@ def test_figures_of_other_samples_are_not_compared(project: Path, release) -> No
 
 @pytest.mark.parametrize(("fidelity", "good"), [(-0.1, False), (0.0, True)])
 def test_the_first_must_reach_the_least_fidelity(fidelity: float, good: bool) -> None:
-    assert tracking.decide(evaluation(fidelity), None, False, {"min_fidelity": 0.0, "min_gain": 0.0})[0] == good
+    assert tracking.decide(evaluation(fidelity), None, False, Release(min_fidelity=0.0, min_gain=0.0))[0] == good
 
 
 def test_pull_gives_the_checked_model(project: Path, tmp_path: Path) -> None:
@@ -158,7 +159,7 @@ def test_trace_reaches_the_shards_and_licences(project: Path) -> None:
     for line in (
         r"version   easyref 1",
         r"stage     pretrain: .*data/split",
-        r"shard     images-00000\.tar",
+        r"shard     images-00000\.tar: \d+ images",
         r"licence   .*: \d+ images",
     ):
         assert re.search(line, text), line

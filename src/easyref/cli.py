@@ -119,7 +119,7 @@ def generate(
     ref: Annotated[list[Path], typer.Option("--ref", help="A reference image; repeat for more.")],
     prompt: Annotated[str, typer.Option(help="What to draw.")] = "",
     negative_prompt: Annotated[str, typer.Option(help="What to avoid.")] = "",
-    model: Annotated[str, typer.Option(help="Checkpoint folder, pulled model, or models:/easyref@champion.")] = "models/finetune_multi",
+    model: Annotated[str, typer.Option(help="Checkpoint, pulled model, or models:/easyref@champion.")] = str(MODELS / "finetune_multi"),
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
     num: Annotated[int, typer.Option(min=1, max=64, help="Images to make, with seeds seed, seed+1 …")] = 1,
     steps: Annotated[int, typer.Option(min=1, max=1000)] = 30,

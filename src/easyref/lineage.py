@@ -11,37 +11,43 @@ from typing import Any
 
 import yaml
 
+from easyref.config import Params, load_params
 from easyref.records import read_table, sha256_file, sha256_json
 
+COUNTED = {"shards": "shard", "licences": "licence"}  # images by shard, by licence
 
-def lineage(project: Path) -> dict[str, Any]:
-    """Of the models in `project` as they are now. Hashes are those of dvc.lock: md5 of each stage's inputs and outputs."""
-    lock = yaml.safe_load((project / "dvc.lock").read_text())["stages"] if (project / "dvc.lock").exists() else {}
-    params = project / "params.yaml"
+
+def locked(project: Path) -> dict[str, Any]:
+    """The stages of dvc.lock."""
+    path = project / "dvc.lock"
+    return yaml.safe_load(path.read_text())["stages"] if path.exists() else {}
+
+
+def lineage(project: Path, flow_run: str) -> dict[str, Any]:
+    """Of the models in `project` as they are now, made by the Prefect run `flow_run` (empty: by hand). Hashes are those of dvc.lock:
+    md5 of each stage's inputs and outputs."""
+    path = project / "params.yaml"
     result: dict[str, Any] = {
         "git": {"revision": _git(project, "rev-parse", "HEAD"), "dirty": bool(_git(project, "status", "--porcelain"))},
-        "params": {"sha256": sha256_file(params), "preset": yaml.safe_load(params.read_text())["preset"]} if params.exists() else {},
-        "stages": {name: {"inputs": _hashes(stage, "deps"), "outputs": _hashes(stage, "outs")} for name, stage in lock.items()},
-        "flow_run": os.environ.get("PREFECT__FLOW_RUN_ID", ""),
+        "params": {"sha256": sha256_file(path), "preset": load_params(path).preset},
+        "stages": {n: {"inputs": _hashes(stage, "deps"), "outputs": _hashes(stage, "outs")} for n, stage in locked(project).items()},
+        "flow_run": flow_run,
         "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
     }
     images, groups = project / "data" / "images" / "images.parquet", project / "data" / "split" / "groups.parquet"
     if images.exists():
         table = read_table(images, ("shard", "licence"))
-        result["images"] = {
-            "count": len(table),
-            "shards": {name: sha256_file(images.parent / name) for name in sorted(table["shard"].unique())},
-            "licences": dict(sorted(Counter(table["licence"]).items())),
-        }
+        result["images"] = {name: dict(sorted(Counter(table[column]).items())) for name, column in COUNTED.items()}
     if groups.exists():
         result["groups"] = dict(sorted(Counter(read_table(groups, ("split",))["split"]).items()))
     return result
 
 
-def evaluated_on(params: dict[str, Any], lock: dict[str, Any]) -> str:
-    """What two evaluations must share for their figures to be compared: samples, images, parameters of `evaluate`, seed."""
-    inputs = lock.get("evaluate", {}).get("inputs", {})
-    return sha256_json([inputs.get("data/images"), inputs.get("data/split"), params["evaluate"], params["seed"]])
+def evaluated_on(params: Params, stages: dict[str, Any]) -> str:
+    """What two evaluations must share for their figures to be compared: samples, images, parameters of `evaluate`, seed. `stages`
+    are those of a lineage."""
+    inputs = stages.get("evaluate", {}).get("inputs", {})
+    return sha256_json([inputs.get("data/images"), inputs.get("data/split"), params.evaluate.model_dump(), params.seed])
 
 
 def _hashes(stage: dict[str, Any], kind: str) -> dict[str, str]:

@@ -21,8 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from easyref.config import Release, load_params
 from easyref.lineage import evaluated_on, lineage
 from easyref.records import atomic_folder, read_json, sha256_file, write_json
 
@@ -64,8 +63,8 @@ class StageRun:
 
     PERIOD = 5.0  # seconds between two looks at the log
 
-    def __init__(self, project: Path, stage: str, log: Path, say: Callable[[str], None]) -> None:
-        self.project, self.stage, self.log, self.say = project, stage, log, say
+    def __init__(self, project: Path, stage: str, log: Path, say: Callable[[str], None], flow_run: str = "") -> None:
+        self.project, self.stage, self.log, self.say, self.flow_run = project, stage, log, say, flow_run
         self.run_id: str | None = None
         self.sent = 0  # rows
         self._client: Any = None
@@ -113,9 +112,8 @@ class StageRun:
         self._client = connect(self.project)
         experiment = self._client.get_experiment_by_name(MODEL).experiment_id
         self.run_id = self._client.create_run(experiment, run_name=self.stage).info.run_id
-        facts = lineage(self.project)
-        values = yaml.safe_load((self.project / "params.yaml").read_text())
-        params = flat({self.stage: values.get(self.stage), "seed": values["seed"], "preset": values["preset"]})
+        facts, values = lineage(self.project, self.flow_run), load_params(self.project / "params.yaml")
+        params = flat({self.stage: getattr(values, self.stage).model_dump(), "seed": values.seed, "preset": values.preset})
         self._client.log_batch(
             self.run_id, params=[Param(k, str(v)[:500]) for k, v in params.items()], tags=[RunTag(k, v) for k, v in tags(facts).items()]
         )
@@ -143,8 +141,8 @@ def tags(facts: dict[str, Any]) -> dict[str, str]:
     return {
         "git.revision": facts["git"]["revision"] or "unknown",
         "git.dirty": str(facts["git"]["dirty"]).lower(),
-        "params.sha256": facts["params"].get("sha256", ""),
-        "preset": facts["params"].get("preset", ""),
+        "params.sha256": facts["params"]["sha256"],
+        "preset": facts["params"]["preset"],
         "flow_run": facts["flow_run"],
         "hardware": facts["hardware"],
     }
@@ -164,11 +162,11 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 @dataclass(frozen=True)
 class Registered:
     version: str
-    alias: str | None
+    alias: str
     reason: str
 
 
-def make_bundle(project: Path, folder: Path) -> None:
+def make_bundle(project: Path, folder: Path, flow_run: str = "") -> None:
     """Put the finetuned checkpoint of `project`, its base models and what is known of them into `folder`, with a manifest."""
     from easyref.model.weights import read_config
 
@@ -179,7 +177,7 @@ def make_bundle(project: Path, folder: Path) -> None:
     shutil.copy(project / "metrics" / "evaluate.json", folder)
     shutil.copy(project / "reports" / "grid.png", folder)
     shutil.copy(project / "params.yaml", folder)
-    write_json(folder / "lineage.json", lineage(project))
+    write_json(folder / "lineage.json", lineage(project, flow_run))
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     write_json(folder / MANIFEST, {str(path.relative_to(folder)): sha256_file(path) for path in files})
 
@@ -201,8 +199,9 @@ def check_bundle(folder: Path) -> None:
             raise ValueError(f"{folder / name}: its hash is not the one in {MANIFEST}; pull the model again")
 
 
-def register(project: Path) -> str:
-    """Register the finetuned model as a new version of `easyref`, with its evaluation and lineage. Returns the version."""
+def register(project: Path, flow_run: str = "") -> str:
+    """Register the finetuned model as a new version of `easyref`, with its evaluation and lineage. Returns the version.
+    `flow_run`: id of the Prefect run that made it."""
     client = connect(project)
     import mlflow
 
@@ -210,10 +209,10 @@ def register(project: Path) -> str:
     with tempfile.TemporaryDirectory() as temporary, mlflow.start_run(run_name="register") as run:
         bundle = Path(temporary) / "bundle"
         bundle.mkdir()
-        make_bundle(project, bundle)
-        facts, params = read_json(bundle / "lineage.json"), yaml.safe_load((project / "params.yaml").read_text())
+        make_bundle(project, bundle, flow_run)
+        facts, params = read_json(bundle / "lineage.json"), load_params(project / "params.yaml")
         mlflow.set_tags(tags(facts) | {"evaluated_on": evaluated_on(params, facts["stages"])})
-        mlflow.log_params({k: str(v)[:500] for k, v in flat(params).items()})
+        mlflow.log_params({k: str(v)[:500] for k, v in flat(params.model_dump()).items()})
         mlflow.log_metrics(
             {k.replace("[", ".").replace("]", ""): float(v) for k, v in flat(result).items() if isinstance(v, int | float)}
         )
@@ -236,32 +235,29 @@ def requirements() -> list[str]:
     return [f"easyref=={version('easyref')}", *(f"{name}=={version(name).split('+')[0]}" for name in names)]
 
 
-def decide(new: dict[str, Any], champion: dict[str, Any] | None, same_samples: bool, gate: dict[str, float]) -> tuple[bool, str]:
-    """Whether a model may become champion, and why. `new` and `champion` are evaluations (metrics/evaluate.json).
-
-    `gate`: `min_fidelity`, what held-out fidelity must reach; `min_gain`, by how much it must beat the champion's.
-    """
+def decide(new: dict[str, Any], champion: dict[str, Any] | None, same_samples: bool, least: Release) -> tuple[bool, str]:
+    """Whether a model may become champion, and why. `new` and `champion` are evaluations (metrics/evaluate.json)."""
     fidelity = new["held_out"]["fidelity"]["right"]
-    if fidelity < gate["min_fidelity"]:
-        return False, f"held-out fidelity {fidelity:.4f} is under release.min_fidelity {gate['min_fidelity']}"
+    if fidelity < least.min_fidelity:
+        return False, f"held-out fidelity {fidelity:.4f} is under release.min_fidelity {least.min_fidelity}"
     if champion is None:
         return True, f"held-out fidelity {fidelity:.4f}; there is no champion yet"
     if not same_samples:
         return False, "the champion was evaluated on other samples; compare by eye, then `easyref promote`"
     gain = fidelity - champion["held_out"]["fidelity"]["right"]
-    if gain < gate["min_gain"]:
-        return False, f"held-out fidelity {fidelity:.4f}, {gain:+.4f} over the champion, under release.min_gain {gate['min_gain']}"
+    if gain < least.min_gain:
+        return False, f"held-out fidelity {fidelity:.4f}, {gain:+.4f} over the champion, under release.min_gain {least.min_gain}"
     return True, f"held-out fidelity {fidelity:.4f}, {gain:+.4f} over the champion"
 
 
 def gate(project: Path, version: str) -> Registered:
     """Compare a version with the champion and give it the alias `champion` or `challenger`."""
     client = connect(project)
-    thresholds = yaml.safe_load((project / "params.yaml").read_text())["release"]
+    least = load_params(project / "params.yaml").release
     current = alias_version(client, CHAMPION)
     new, old = evaluation(version), evaluation(current) if current else None
     same = current is not None and samples_of(client, version) == samples_of(client, current)
-    good, reason = decide(new, old, same, thresholds)
+    good, reason = decide(new, old, same, least)
     client.set_model_version_tag(MODEL, version, "gate", reason)
     if good:
         promote(project, version)
@@ -393,7 +389,7 @@ def trace(project: Path, uri: str) -> str:
         f"run       {run.info.run_id}, on {facts['hardware']}",
         f"flow run  {facts['flow_run'] or 'none: registered by hand'}",
         f"git       {git['revision'] or 'no repository'}{' with changes' if git['dirty'] else ''}",
-        f"params    {facts['params'].get('sha256', 'none')[:16]} (preset {facts['params'].get('preset', '-')})",
+        f"params    {facts['params']['sha256'][:16]} (preset {facts['params']['preset']})",
     ]
     for name, stage in facts["stages"].items():
         inputs = ", ".join(f"{path} {md5[:8]}" for path, md5 in stage["inputs"].items())
@@ -401,6 +397,6 @@ def trace(project: Path, uri: str) -> str:
         lines.append(f"stage     {name}: {inputs or 'no input'} → {outputs}")
     lines.append("groups    " + (", ".join(f"{n} {split}" for split, n in facts.get("groups", {}).items()) or "none"))
     images = facts.get("images", {})
-    lines += [f"shard     {name} {digest[:16]}" for name, digest in images.get("shards", {}).items()]
+    lines += [f"shard     {name}: {n} images" for name, n in images.get("shards", {}).items()]
     lines += [f"licence   {licence}: {n} images" for licence, n in images.get("licences", {}).items()]
     return "\n".join(lines)

@@ -52,11 +52,11 @@ def test_a_provider_that_is_not_there_is_an_error(out: Path) -> None:
 
 
 def test_stale_or_torn_graphs_are_not_reused(out: Path, capsys: pytest.CaptureFixture) -> None:
-    inputs = inputs_of(CHECKPOINT, 20)
+    inputs = inputs_of(CHECKPOINT, 20, 1e-4)
     run(CHECKPOINT, out, 20, 1e-4)
     assert "up to date" in capsys.readouterr().out
-    assert not fresh(out, inputs_of(CHECKPOINT, 21))
-    assert not fresh(out, inputs | {"weights": {}})
+    assert not fresh(out, inputs_of(CHECKPOINT, 21, 1e-4))
+    assert not fresh(out, inputs | {"files": {}})
     path = out / "vae_decoder.onnx"
     data = path.read_bytes()
     path.write_bytes(data[:-1])

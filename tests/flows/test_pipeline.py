@@ -1,9 +1,11 @@
 """The flow `easyref` on a small DVC project, under a real Prefect server: order, failure, up to date, cancel, timeout."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import chdir
@@ -17,7 +19,7 @@ from prefect.testing.utilities import prefect_test_harness
 
 from flows.__main__ import up_to_date
 from flows.pipeline import easyref, order
-from flows.stages import StageFailed
+from flows.stages import StageFailed, run_stage
 
 ROOT = Path(__file__).parents[2]
 #: Waits until it is told to end, and notes that.
@@ -68,6 +70,7 @@ def test_order_is_the_one_of_the_dvc_graph() -> None:
     with Repo(str(ROOT)) as repo:
         for stage, needed in repo.index.graph.edges:
             assert needed.name in plan[stage.name]
+    assert order(ROOT, []) == {}
     assert order(ROOT, ["evaluate", "split"]) == {"split": [], "evaluate": ["split"]}  # through stages that are left out
     with pytest.raises(ValueError, match=r"stage 'pretain': not in dvc.yaml; it has .*pretrain"):
         order(ROOT, ["pretain"])
@@ -89,6 +92,19 @@ def test_a_failing_stage_fails_the_flow_with_its_last_lines(project: Path) -> No
     with pytest.raises(StageFailed, match=r"(?s)second: exit code \d+\n.*all is lost"):
         easyref(["first", "second", "third"], release=False, project=str(project))
     assert (project / "first").exists() and not (project / "third").exists()
+
+
+def test_a_locked_stage_is_tried_again(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process holds DVC's lock on the stage's output, and ends while the flow waits."""
+    monkeypatch.setattr(run_stage, "retry_delay_seconds", [1, 8, 8])
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(8)"])
+    threading.Thread(target=other.wait).start()
+    (project / ".dvc" / "tmp").mkdir()
+    lock = {"write": {str(project / "first"): {"pid": other.pid, "cmd": "dvc repro first"}}}
+    (project / ".dvc" / "tmp" / "rwlock").write_text(json.dumps(lock))
+    begin = time.monotonic()
+    assert easyref(["first"], release=False, project=str(project)) == {"first": "ran"}
+    assert time.monotonic() - begin > 8
 
 
 def test_a_stage_that_takes_too_long_is_told_to_end(project: Path) -> None:

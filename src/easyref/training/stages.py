@@ -53,8 +53,8 @@ def run_stage(params: Params, name: str, data: Path, models_folder: Path, out: P
     inputs = Inputs(models, images, frozen_prefix="mllm" not in spec.trains)
     sampler = Sampler(images, spec.sample, p, params.seed, name)
     validate = Validation(params, models, data)
-    warm = work / "align.safetensors"
-    if params.align and not spec.starts_from:
+    warm = work / "align.safetensors" if params.align and not spec.starts_from else None
+    if warm:
         align(params, inputs, validate.inputs, warm)
     trained, factors = models.trainable(spec.trains, p.new_part_rate)
     print(f"{name}: trains {sum(t.numel() for t in trained.values()):,} parameters of {', '.join(spec.trains)}")
@@ -71,7 +71,7 @@ def run_stage(params: Params, name: str, data: Path, models_folder: Path, out: P
     tensors = weights.tensors(models.encoder, models.adapter, with_mllm="mllm" in spec.trains)
     weights.save(out, tensors, models.checkpoint_config(params, p, "mllm" in spec.trains), torch.float32)
     write_curves(state.with_suffix(".jsonl"), curves)
-    if warm.exists():
+    if warm:
         write_curves(warm.with_suffix(".jsonl"), curves / "align")
         warm.unlink()
     state.unlink()
