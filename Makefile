@@ -13,7 +13,7 @@ run: $(VENV)/.installed ## data, training, evaluation, report
 test: $(VENV)/.installed ## the tests
 	@dvc pull --quiet ingest base pretrain
 	@dvc repro --quiet split
-	OMP_NUM_THREADS=1 python -m pytest
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile
 
 up: $(VENV)/.installed ## Prefect's server and worker and MLflow, on loopback
 	@python -m flows.services up
