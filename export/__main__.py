@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from easyref.model import attention
+from easyref import records
 from easyref.records import atomic_folder, read_json, sha256_file, write_json
 
 MANIFEST = "manifest.json"
@@ -20,7 +20,7 @@ VERSIONS = ("torch", "diffusers", "onnx", "onnxscript", "onnxruntime")
 def inputs_of(checkpoint: Path, opset: int, tolerance: float) -> dict:
     """All that the graphs and what is said of them depend on."""
     base = sorted(path for path in (checkpoint.parent / "base").rglob("*") if path.is_file())
-    code = sorted([*Path(__file__).parent.glob("*.py"), *Path(attention.__file__).parent.glob("*.py")])
+    code = sorted([*Path(__file__).parent.glob("*.py"), *(Path(records.__file__).parent / "model").glob("*.py")])
     files = {str(path.relative_to(checkpoint.parent)): sha256_file(path) for path in [*sorted(checkpoint.iterdir()), *base]}
     return {
         "opset": opset, "tolerance": tolerance, "files": files, "code": [sha256_file(path) for path in code],

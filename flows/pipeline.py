@@ -9,12 +9,13 @@ import sys
 from pathlib import Path
 
 from prefect import flow, task
-from prefect.artifacts import create_markdown_artifact
+from prefect.artifacts import create_image_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from easyref import registry
 from easyref.evaluation.summary import summary
 from easyref.lineage import locked
 from easyref.records import read_json
@@ -79,16 +80,18 @@ def easyref(
     except BaseException:
         stop_all()
         raise
+    links: dict[str, str] = {}
     if release:
-        registered = release_model(place)
+        registered = release_model(place, timeout_s)
         logger.info("version %s is %s: %s", registered.version, registered.alias, registered.reason)
-        results["release"] = f"version {registered.version}, {registered.alias}"
-    write_summary(place, results)
+        results["release"] = f"version {registered.version}, {registered.alias}: {registered.reason}"
+        links = registry.links(place, registered.version)
+    write_summary(place, results, links)
     return results
 
 
-def write_summary(project: Path, results: dict[str, str]) -> None:
-    """What came out, as an artifact of the flow run."""
+def write_summary(project: Path, results: dict[str, str], links: dict[str, str]) -> None:
+    """What came out, as artifacts of the flow run: a page with links into MLflow, and the grid."""
     lines = ["| stage | |", "|---|---|", *(f"| {name} | {what} |" for name, what in results.items())]
     path = project / "metrics" / "evaluate.json"
     if path.exists():
@@ -97,4 +100,7 @@ def write_summary(project: Path, results: dict[str, str]) -> None:
         rows = {name: m for name, m in held_out.items() if isinstance(m, dict) and "right" in m}
         lines += [f"| {n} | {m['right']:.4f} | {m['shuffled']:.4f} | {m['none']:.4f} |" for n, m in rows.items()]
         lines += ["", *summary(project).splitlines()]
+    lines += ["", *(f"[{name}]({url})" for name, url in links.items())]
     create_markdown_artifact("\n".join(lines), key="summary", description="What the flow made")
+    if "grid" in links:
+        create_image_artifact(links["grid"], key="grid", description="Held-out groups: references, target, what the model drew")

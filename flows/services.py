@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import psutil
 from prefect.settings.profiles import load_profiles
@@ -29,25 +31,36 @@ STATE, LOGS = Path(".work/services.json"), Path(".work/services")
 
 
 def environment(project: Path) -> dict[str, str]:
-    """Of everything that is started: loopback addresses, databases in the project."""
-    return os.environ | {
-        "EASYREF_PROJECT": str(project),
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_TRACKING_URI": f"http://{HOST}:{MLFLOW_PORT}",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+    """Of everything that is started: loopback addresses; databases and artifacts in the project unless the environment names others."""
+    stores = {
+        "MLFLOW_ARTIFACTS_DESTINATION": f"{project}/mlruns",
+        "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{project}/mlflow.db",
         "PREFECT_API_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{project}/.prefect/prefect.db",
-        "PREFECT_API_URL": f"http://{HOST}:{PREFECT_PORT}/api",
-        "PREFECT_WORKER_WEBSERVER_HOST": HOST,
-        "PREFECT_WORKER_WEBSERVER_PORT": str(WORKER_PORT),
-        "PYTHONPATH": str(project),
     }
+    return (
+        stores
+        | os.environ
+        | {
+            "EASYREF_PROJECT": str(project),
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_TRACKING_URI": f"http://{HOST}:{MLFLOW_PORT}",
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+            "PREFECT_API_URL": f"http://{HOST}:{PREFECT_PORT}/api",
+            "PREFECT_WORKER_WEBSERVER_HOST": HOST,
+            "PREFECT_WORKER_WEBSERVER_PORT": str(WORKER_PORT),
+            "PYTHONPATH": str(project),
+        }
+    )
 
 
 def up(project: Path) -> None:
     if (project / STATE).exists():
-        if any(_alive(*process) for process in read_json(project / STATE)["started"].values()):
+        alive = {name: _alive(*process) for name, process in read_json(project / STATE)["started"].items()}
+        if all(alive.values()):
             raise SystemExit("services: already up; `make down` stops them")
+        if any(alive.values()):
+            raise SystemExit(f"services: {', '.join(n for n, a in alive.items() if not a)} died; `make down`, then `make up`")
         down(project)  # the machine was restarted: the profile is still to be put back
     for name, port in (("Prefect", PREFECT_PORT), ("MLflow", MLFLOW_PORT), ("Prefect's worker", WORKER_PORT)):
         with socket.socket() as probe:
@@ -60,15 +73,13 @@ def up(project: Path) -> None:
     previous = load_profiles().active_name or ""
     try:
         _start(project, "prefect", ["prefect", "server", "start", "--host", HOST, "--port", str(PREFECT_PORT)], env, started, previous)
-        mlflow = [
-            "mlflow", "server", "--host", HOST, "--port", str(MLFLOW_PORT), "--backend-store-uri", f"sqlite:///{project}/mlflow.db",
-            "--artifacts-destination", f"{project}/mlruns", "--workers", "1",
-        ]  # fmt: skip
+        mlflow = ["mlflow", "server", "--host", HOST, "--port", str(MLFLOW_PORT), "--workers", "1"]
         _start(project, "mlflow", mlflow, env, started, previous)
         _wait(project, "prefect", f"http://{HOST}:{PREFECT_PORT}/api/health", started)
         _call(project, env, "prefect", "work-pool", "create", POOL, "--type", "process", "--overwrite")
         _call(project, env, "prefect", "work-pool", "set-concurrency-limit", POOL, "1")  # two runs would fight over the folder
         _call(project, env, "prefect", "--no-prompt", "deploy", "--all")
+        _end_lost_runs()
         worker = ["prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", "local", "--with-healthcheck"]
         _start(project, "worker", worker, env, started, previous)
         _wait(project, "mlflow", f"http://{HOST}:{MLFLOW_PORT}/health", started)
@@ -141,6 +152,21 @@ def _call(project: Path, env: dict[str, str], *words: str, need: bool = True) ->
     if need and done.returncode:
         raise SystemExit(f"services: `{' '.join(words)}` failed: {(done.stderr or done.stdout).strip().splitlines()[-1:]}")
     return done.stdout
+
+
+def _end_lost_runs() -> None:
+    """Flow runs that were under way when their worker went: none is at work now, and they would hold the pool's one place forever."""
+    lost = {"flow_runs": {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}}}
+    for flow_run in _post("flow_runs/filter", lost):
+        state = {"type": "CRASHED", "name": "Crashed", "message": "its worker was gone; run the deployment again, it goes on"}
+        _post(f"flow_runs/{flow_run['id']}/set_state", {"state": state, "force": True})
+
+
+def _post(path: str, query: dict[str, Any]) -> Any:
+    url = f"http://{HOST}:{PREFECT_PORT}/api/{path}"
+    request = urllib.request.Request(url, json.dumps(query).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.loads(answer.read())
 
 
 def _use_profile(project: Path, env: dict[str, str]) -> None:

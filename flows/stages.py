@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,9 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
-from easyref.config import Params, Stage
-from easyref.tracking import StageRun
+from easyref.tracking import WATCHED, StageRun
 
-TRAINED = [name for name, field in Params.model_fields.items() if field.annotation is Stage]
+CHILD = Path(__file__).with_name("child.py")
 GRACE = 30  # seconds between SIGTERM and SIGKILL
 EVERY = 10.0  # seconds between two updates of the progress artifact
 _running: set[subprocess.Popen] = set()
@@ -52,14 +52,23 @@ def run_stage(stage: str, project: str, timeout_s: float | None = None) -> str:
         StageFailed: exit code, or `timeout_s` seconds passed; the message ends with the stage's last lines.
     """
     place, words = Path(project), [sys.executable, "-m", "dvc", "repro", "--single-item", stage]
-    log, say = place / ".work" / f"{stage}.jsonl", get_run_logger().warning
-    with StageRun(place, stage, log, say, str(flow_run.id or "")) if stage in TRAINED else nullcontext():
-        lines = run_child(stage, words, place, timeout_s)
+    run = StageRun(place, stage, get_run_logger().warning, str(flow_run.id or "")) if stage in WATCHED else None
+
+    def read(line: str) -> None:
+        if run and line.startswith("Running stage"):
+            run.begin()
+
+    with run or nullcontext():
+        lines = run_child(stage, words, place, timeout_s, read)
     return "up to date" if any("didn't change, skipping" in line for line in lines) else "ran"
 
 
-def run_child(name: str, words: list[str], project: Path, timeout_s: float | None) -> list[str]:
-    """Run a program in `project` to its end, logging what it prints. Its last 200 lines.
+def run_child(
+    name: str, words: list[str], project: Path, timeout_s: float | None, read: Callable[[str], None] = lambda line: None
+) -> list[str]:
+    """Run a program in `project` to its end, logging what it prints, and giving it to `read`. Its last 200 lines.
+
+    The program ends when this process does, however that ends (`flows.child`).
 
     Raises:
         StageFailed, Locked: see there.
@@ -68,8 +77,8 @@ def run_child(name: str, words: list[str], project: Path, timeout_s: float | Non
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     path = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"  # a stage calls `easyref`: this one
     child = subprocess.Popen(
-        words, cwd=project, env=environment | {"PATH": path}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
+        [sys.executable, str(CHILD), *words], cwd=project, env=environment | {"PATH": path}, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
     )  # fmt: skip
     _running.add(child)
     timer = threading.Timer(timeout_s, lambda: stop(child)) if timeout_s else None
@@ -83,6 +92,7 @@ def run_child(name: str, words: list[str], project: Path, timeout_s: float | Non
                 last.append(line)
                 logger.info("%s", line)
                 progress.read(line)
+                read(line)
         code = child.wait()
     except BaseException:
         stop(child)
@@ -104,7 +114,7 @@ def run_child(name: str, words: list[str], project: Path, timeout_s: float | Non
 def stop(child: subprocess.Popen) -> None:
     """SIGTERM to the child and all it started; SIGKILL if that does not end it. A training keeps its state."""
     with suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGTERM)
+        child.terminate()  # flows.child tells all of the group
         try:
             child.wait(GRACE)
         except subprocess.TimeoutExpired:

@@ -37,7 +37,7 @@ def commands() -> list[str]:
     """What a reader can type: lines of code blocks, `easyref …`, `make …` and `dvc …` in the text, verbs with their options."""
     parts = README.split("```")
     blocks = [line.split(" #")[0].strip() for block in parts[1::2] for line in block.splitlines()[1:]]
-    inline = [span for span in code("".join(parts[::2])) if re.match(r"(easyref|make|dvc) ", span)]
+    inline = [span for span in code("".join(parts[::2])) if re.match(r"(easyref|make|dvc|prefect|mlflow) ", span)]
     options = [f"{code(verb)[0]} {code(does)[0]}" for verb, does in table("Verbs") if does.strip().startswith("`--")]
     return sorted({command for command in [*blocks, *inline, *options] if command})
 
@@ -74,6 +74,9 @@ def test_command(command: str, place: Path) -> None:
     words = shlex.split(command)
     if words[0] == "make":  # by CI; `make run` below
         assert command in ("make run", "make up", "make down") or command in (ROOT / ".ci" / "run").read_text().splitlines()
+    elif words[0] == "mlflow" or words[:3] == ["prefect", "flow-run", "cancel"] or words[:2] == ["dvc", "remote"]:
+        text = "".join(path.read_text() for path in (ROOT / "tests" / "flows").glob("*.py"))  # these run it
+        assert all(f'"{word}"' in text for word in words if word not in ("s3://bucket/dvc", "URL"))
     elif words[0] == "prefect":  # by tests/flows/test_services.py, with `make up` and `make down`
         deployments = {f"easyref/{d['name']}" for d in yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]}
         assert words[:3] == ["prefect", "deployment", "run"] and words[3] in deployments

@@ -1,180 +1,52 @@
-"""Registry and runs on a real MLflow with SQLite: gate, rollback, pulls, lineage, the model as MLflow runs it, a server that dies."""
+"""Runs of the stages on a real MLflow with SQLite: every row once, the machine, pictures, figures; a server that dies."""
 
-import base64
-import io
 import json
 import re
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
+import yaml
 from PIL import Image
 
 from easyref import tracking
-from easyref.config import Release
-from easyref.data.shards import ImageStore
-from easyref.pipeline import EasyRef, Request
-from easyref.records import read_json, write_json
-from easyref.tracking import StageRun, TrackingError
+from easyref.records import write_json
+from easyref.tracking import StageRun
 
-torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
-
-
-def evaluation(fidelity: float) -> dict:
-    return {"held_out": {"fidelity": {"right": fidelity, "shuffled": 0.0, "none": 0.0}}, "held_in": {"fidelity": {"right": fidelity}}}
-
-
-def set_fidelity(project: Path, fidelity: float) -> None:
-    write_json(project / "metrics" / "evaluate.json", evaluation(fidelity))
+MEMORY = "system/system_memory_usage_percentage"
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A project with the shipped weights as its finetuned model, and a registry of its own with one version, the champion."""
-    project = tmp_path_factory.mktemp("project")
-    for name in ("params.yaml", "dvc.lock"):
-        shutil.copy(ROOT / name, project)
-    (project / "models").mkdir()
-    (project / "models" / "base").symlink_to(ROOT / "models" / "base")
-    (project / "models" / "finetune_multi").symlink_to(ROOT / "models" / "pretrain")
-    (project / "data").symlink_to(ROOT / "data")
-    (project / "reports").mkdir()
-    (project / "reports" / "evaluation.html").write_text("report")
-    Image.new("RGB", (8, 8)).save(project / "reports" / "grid.png")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        set_fidelity(project, 0.10)
-        assert tracking.gate(project, tracking.register(project)).alias == "champion"
-        yield project
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
 
 
 @pytest.fixture
-def release(project: Path):
-    """Register the model as if it had been evaluated so, and compare."""
-
-    def run(fidelity: float) -> tracking.Registered:
-        set_fidelity(project, fidelity)
-        return tracking.gate(project, tracking.register(project))
-
-    return run
-
-
-def champion(project: Path) -> str | None:
-    return tracking.alias_version(tracking.connect(project), "champion")
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str) -> Path:
+    """The parameters and dvc.lock of this project, and a tracking store apart from its own."""
+    for name in ("params.yaml", "dvc.yaml", "dvc.lock"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / ".work").mkdir()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    monkeypatch.setattr(StageRun, "PERIOD", 0.05)
+    return tmp_path
 
 
-def test_worse_is_challenger_better_is_champion_and_rollback_goes_back(project: Path, release) -> None:
-    worse = release(0.05)
-    assert (worse.version, worse.alias) == ("2", "challenger") and "under release.min_gain" in worse.reason
-    assert champion(project) == "1"
-    better = release(0.20)
-    assert (better.version, better.alias) == ("3", "champion") and "+0.1000 over the champion" in better.reason
-    assert tracking.rollback(project) == ("3", "1") and champion(project) == "1"
-    with pytest.raises(TrackingError, match="version 1 replaced no other"):
-        tracking.rollback(project)
-    tracking.promote(project, "2")
-    assert champion(project) == "2" and tracking.alias_version(tracking.connect(project), "challenger") is None
-    tracking.promote(project, "1")
-    with pytest.raises(TrackingError, match=r"no version 9; there are: 1, 2, 3"):
-        tracking.promote(project, "9")
-
-
-def test_figures_of_other_samples_are_not_compared(project: Path, release) -> None:
-    text = (project / "params.yaml").read_text()
-    (project / "params.yaml").write_text(re.sub(r"held_out_samples: \d+", "held_out_samples: 7", text))
-    try:
-        other = release(0.9)
-    finally:
-        (project / "params.yaml").write_text(text)
-    assert other.alias == "challenger" and "evaluated on other samples" in other.reason
-
-
-@pytest.mark.parametrize(("fidelity", "good"), [(-0.1, False), (0.0, True)])
-def test_the_first_must_reach_the_least_fidelity(fidelity: float, good: bool) -> None:
-    assert tracking.decide(evaluation(fidelity), None, False, Release(min_fidelity=0.0, min_gain=0.0))[0] == good
-
-
-def test_pull_gives_the_checked_model(project: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    assert tracking.pull(project, "models:/easyref@champion", folder) == "1"
-    for name in ("config.json", "easyref.safetensors"):
-        assert (folder / "checkpoint" / name).read_bytes() == (ROOT / "models" / "pretrain" / name).read_bytes()
-    weights = folder / "base" / "diffusion" / "unet" / "diffusion_pytorch_model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-1] ^= 1
-    weights.write_bytes(data)
-    with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.safetensors: its hash is not the one in manifest\.json"):
-        tracking.check_bundle(folder)
-    weights.unlink()
-    with pytest.raises(ValueError, match=r"missing; pull the model again"):
-        tracking.check_bundle(folder)
-    for uri in ("models:/other@champion", "easyref", "models:/easyref"):
-        with pytest.raises(TrackingError, match="not an address of the registry"):
-            tracking.pull(project, uri, folder)
-    with pytest.raises(TrackingError, match="no version has the alias best"):
-        tracking.pull(project, "models:/easyref@best", folder)
-
-
-def test_mlflow_runs_the_model(project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The same image as the pipeline's, from a reference in base64; what is wrong is said in one line."""
-    import mlflow
-
-    store = ImageStore(ROOT / "data" / "images")
-    reference = store.image(next(iter(store.rows)))
-    buffer = io.BytesIO()
-    reference.save(buffer, "PNG")
-    encoded = base64.b64encode(buffer.getvalue()).decode()
-    tracking.connect(project)
-    model = mlflow.pyfunc.load_model("models:/easyref@champion")
-    request = {"references": [encoded], "prompt": "farmer", "seed": 3, "steps": 2}
-    (made,) = model.predict([request])
-    image = Image.open(io.BytesIO(base64.b64decode(made.image)))
-    easyref = EasyRef.from_pretrained(ROOT / "models" / "pretrain")
-    (expected,) = easyref([Request("farmer", [reference], 3)], 2, 3.0, 1.0)
-    assert np.array_equal(np.asarray(image), np.asarray(expected)) and made.seed == 3
-
-    for changes, message in (
-        ({"steps": 0}, "steps 0: out of 1 to 200"),
-        ({"references": ["/etc/passwd"]}, r"references\[0\]: not base64 of an image file"),
-        ({"references": ["aGVsbG8="]}, r"references\[0\]: not an image"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            model.predict([request | changes])
-    reference.save(tmp_path / "a.png")
-    monkeypatch.setenv("EASYREF_REFERENCES", str(tmp_path))
-    assert model.predict([request | {"references": ["a.png"]}])[0].image == made.image
-    with pytest.raises(ValueError, match=r"references\[0\]: outside EASYREF_REFERENCES"):
-        model.predict([request | {"references": [f"../{tmp_path.name}/../../../../../../../etc/passwd"]}])
-
-
-def test_trace_reaches_the_shards_and_licences(project: Path) -> None:
-    text = tracking.trace(project, "models:/easyref/1")
-    lock = (ROOT / "dvc.lock").read_text()
-    for md5 in re.findall(r"data/split ([0-9a-f]{8})", text):
-        assert md5 in lock
-    for line in (
-        r"version   easyref 1",
-        r"stage     pretrain: .*data/split",
-        r"shard     images-00000\.tar: \d+ images",
-        r"licence   .*: \d+ images",
-    ):
-        assert re.search(line, text), line
+def wait(ready: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not ready() and time.monotonic() < end:
+        time.sleep(0.05)
 
 
 def rows(count: int) -> str:
     return "".join(json.dumps({"seen": 16 * i, "loss": 1 / (i + 1), "learning_rate": 1e-3}) + "\n" for i in range(count))
 
 
-def test_a_run_has_every_row_of_the_log_and_a_dead_server_hurts_nothing(
-    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_has_every_row_of_its_logs_and_a_dead_server_hurts_nothing(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    log = tmp_path / "pretrain.jsonl"
-    monkeypatch.setattr(StageRun, "PERIOD", 0.05)
     connect, alive = tracking.connect, [False]
 
     def flaky(place: Path):
@@ -183,32 +55,69 @@ def test_a_run_has_every_row_of_the_log_and_a_dead_server_hurts_nothing(
         return connect(place)
 
     monkeypatch.setattr(tracking, "connect", flaky)
-    with StageRun(project, "pretrain", log, said.append) as run:
+    log = project / ".work" / "pretrain.jsonl"
+    (project / ".work" / "align.jsonl").write_text(rows(9))  # of a run before
+    with StageRun(project, "pretrain", said.append, "flow 7") as run:
+        run.begin()
         log.write_text(rows(3))
-        while not said:
-            pass
+        wait(lambda: bool(said))
         alive[0] = True
         log.write_text(rows(1500) + '{"seen": 1, "lo')  # torn: not sent
-    assert len(said) == 1 and re.match(r"tracking: ConnectionError: the server is down; the training goes on", said[0])
+        wait(lambda: run.run_id is not None and MEMORY in connect(project).get_run(run.run_id).data.metrics)
+    assert len(said) == 1 and re.match(r"tracking: ConnectionError: the server is down; pretrain goes on", said[0])
     client = connect(project)
     history = client.get_metric_history(run.run_id, "loss")
     assert [(m.step, m.value) for m in history] == [(16 * i, 1 / (i + 1)) for i in range(1500)]
     found = client.get_run(run.run_id)
-    assert found.data.params["pretrain.batch"] == "16" and found.data.tags["preset"] == "nano" and found.info.status == "FINISHED"
+    assert "align.loss" not in found.data.metrics
+    assert found.data.metrics[MEMORY] > 0
+    assert found.data.params["pretrain.batch"] == "16" and found.info.status == "FINISHED"
+    assert found.data.tags["preset"] == "nano" and found.data.tags["flow_run"] == "flow 7"
+    lock = yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]
+    assert found.data.tags["input.models/base"] == next(o["md5"] for o in lock["base"]["outs"] if o["path"] == "models/base")
 
 
-def test_a_stage_that_did_not_run_has_no_run(project: Path, tmp_path: Path) -> None:
-    log = tmp_path / "pretrain.jsonl"
-    log.write_text(rows(3))
-    with StageRun(project, "pretrain", log, pytest.fail) as run:
+def test_several_trainings_of_a_stage_have_their_own_curves(project: Path) -> None:
+    (project / ".work" / "base").mkdir()
+    (project / "metrics" / "base").mkdir(parents=True)
+    with StageRun(project, "base", pytest.fail) as run:
+        run.begin()
+        (project / ".work" / "base" / "vae-0123.jsonl").write_text(rows(2))
+        (project / ".work" / "base" / "diffusion-4567.jsonl").write_text(rows(3))
+        Image.new("RGB", (8, 8)).save(project / "metrics" / "base" / "text.png")
+    client = tracking.connect(project)
+    counts = {name: len(client.get_metric_history(run.run_id, f"{name}.loss")) for name in ("vae", "mllm", "diffusion")}
+    assert counts == {"vae": 2, "mllm": 0, "diffusion": 3}
+    assert [file.path for file in client.list_artifacts(run.run_id)] == ["text.png"]
+
+
+def test_an_evaluation_has_its_figures_and_pictures(project: Path) -> None:
+    (project / "reports").mkdir()
+    with StageRun(project, "evaluate", pytest.fail) as run:
+        run.begin()
+        write_json(project / "metrics" / "evaluate.json", {"held_out": {"fidelity": {"right": 0.25, "note": "text"}}})
+        Image.new("RGB", (8, 8)).save(project / "reports" / "grid.png")
+        (project / "reports" / "evaluation.html").write_text("report")
+    client = tracking.connect(project)
+    found = client.get_run(run.run_id).data
+    assert {k: v for k, v in found.metrics.items() if not k.startswith("system/")} == {"held_out.fidelity.right": 0.25}
+    assert sorted(file.path for file in client.list_artifacts(run.run_id)) == ["evaluation.html", "grid.png"]
+
+
+def test_a_stage_that_fails_is_a_failed_run(project: Path) -> None:
+    with pytest.raises(ZeroDivisionError), StageRun(project, "evaluate", pytest.fail) as run:
+        run.begin()
+        raise ZeroDivisionError
+    assert tracking.connect(project).get_run(run.run_id).info.status == "FAILED"
+
+
+def test_a_stage_that_did_not_run_has_no_run(project: Path) -> None:
+    (project / ".work" / "pretrain.jsonl").write_text(rows(3))
+    with StageRun(project, "pretrain", pytest.fail) as run:
         pass
     assert run.run_id is None
 
 
-def test_manifest_lists_every_file(project: Path, tmp_path: Path) -> None:
-    tracking.make_bundle(project, tmp_path)
-    names = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
-    assert set(read_json(tmp_path / "manifest.json")) == names - {"manifest.json"}
-    (tmp_path / "more.py").write_text("")
-    with pytest.raises(ValueError, match="more.py: not in the manifest"):
-        tracking.check_bundle(tmp_path)
+def test_every_trained_stage_is_watched() -> None:
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    assert set(tracking.WATCHED) == set(stages) - {"ingest", "group", "split"}

@@ -137,7 +137,7 @@ def generate(
     from easyref.records import write_bytes
 
     if model.startswith("models:/"):
-        from easyref.tracking import cached
+        from easyref.registry import cached
 
         folder = cached(Path(), model)
     else:
@@ -160,11 +160,18 @@ def generate(
 
 
 @app.command()
-def release() -> None:
+def release(
+    onnx: Annotated[Path | None, typer.Option(help="Folder of `python -m export`: attach its graphs to the version.")] = None,
+) -> None:
     """Register the finetuned model as a new version of `easyref`; champion if it beats the champion, else challenger."""
-    from easyref.tracking import gate, register
+    from easyref.registry import attach, check_graphs, gate, register
 
-    made = gate(Path(), register(Path()))
+    if onnx:
+        check_graphs(onnx)
+    version = register(Path())
+    if onnx:
+        attach(Path(), version, onnx)
+    made = gate(Path(), version)
     print(f"version {made.version} is {made.alias}: {made.reason}")
 
 
@@ -174,7 +181,7 @@ def pull(
     folder: Annotated[Path, typer.Argument(help="Where to; replaced if it is there.")],
 ) -> None:
     """Fetch a registered model and check its hashes."""
-    from easyref.tracking import pull as run
+    from easyref.registry import pull as run
 
     print(f"{folder}: version {run(Path(), model, folder)}")
 
@@ -182,7 +189,7 @@ def pull(
 @app.command()
 def promote(version: str) -> None:
     """Make a version the champion."""
-    from easyref.tracking import promote as run
+    from easyref.registry import promote as run
 
     before = run(Path(), version)
     print(f"champion: version {version}" + (f", before: {before}" if before else ""))
@@ -191,7 +198,7 @@ def promote(version: str) -> None:
 @app.command()
 def rollback() -> None:
     """Champion back to the version that the present one replaced."""
-    from easyref.tracking import rollback as run
+    from easyref.registry import rollback as run
 
     current, before = run(Path())
     print(f"champion: version {before}, before: {current}")
@@ -200,7 +207,7 @@ def rollback() -> None:
 @app.command()
 def trace(model: Annotated[str, typer.Argument(help="models:/easyref@champion or models:/easyref/VERSION")]) -> None:
     """From a registered version back to git, parameters, stages, groups, shards and licences."""
-    from easyref.tracking import trace as run
+    from easyref.registry import trace as run
 
     print(run(Path(), model))
 

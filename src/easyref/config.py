@@ -53,6 +53,14 @@ class Split(Section):
     near_duplicate_distance: float = Field(ge=0)  # root mean square difference of 16×16 thumbnails, of 255
 
 
+class Restart(Section):
+    """A second round of the learning rate (warm restart, arXiv 1608.03983): the first has fallen to zero at image `at`."""
+
+    at: PositiveInt
+    learning_rate: float = Rate
+    cooldown_images: int = Field(ge=0)
+
+
 class Optimisation(Section):
     """One training run. The learning rate is constant after `warmup_images`, then falls to zero over `cooldown_images`."""
 
@@ -65,13 +73,17 @@ class Optimisation(Section):
     cooldown_images: int = Field(ge=0)
     ema_images: int = Field(ge=0)  # half-life of the weight average, 0: none
     save_images: PositiveInt  # a checkpoint every so many images
+    restart: Restart | None = None
 
     @model_validator(mode="after")
     def _divide(self) -> Optimisation:
         if self.batch % self.microbatch:
             raise ValueError(f"microbatch {self.microbatch} does not divide batch {self.batch}; use a divisor")
-        if self.warmup_images + self.cooldown_images > self.images:
-            raise ValueError("warmup_images + cooldown_images is more than images; shorten them")
+        first = self.restart.at if self.restart else self.images
+        if self.warmup_images + self.cooldown_images > first:
+            raise ValueError("warmup_images + cooldown_images is more than images (or restart.at); shorten them")
+        if self.restart and self.restart.at + self.warmup_images + self.restart.cooldown_images > self.images:
+            raise ValueError("restart.at + warmup_images + restart.cooldown_images is more than images; shorten them")
         return self
 
 

@@ -43,6 +43,14 @@ def lineage(project: Path, flow_run: str) -> dict[str, Any]:
     return result
 
 
+def stage_inputs(project: Path, stage: str) -> dict[str, str]:
+    """md5 of what a stage reads, by path: what dvc.lock says of the stages that made it."""
+    made = {path: md5 for entry in locked(project).values() for path, md5 in _hashes(entry, "outs").items()}
+    path = project / "dvc.yaml"
+    needed = yaml.safe_load(path.read_text())["stages"].get(stage, {}).get("deps", []) if path.exists() else []
+    return {path: made[path] for path in needed if path in made}
+
+
 def evaluated_on(params: Params, stages: dict[str, Any]) -> str:
     """What two evaluations must share for their figures to be compared: samples, images, parameters of `evaluate`, seed. `stages`
     are those of a lineage."""

@@ -42,7 +42,7 @@ class GenerateResponse(BaseModel):
 class EasyRefModel(PythonModel):
     def load_context(self, context: Any) -> None:
         from easyref.pipeline import EasyRef
-        from easyref.tracking import check_bundle
+        from easyref.registry import check_bundle
 
         bundle = Path(context.artifacts["bundle"])
         check_bundle(bundle)

@@ -39,10 +39,15 @@ class Task:
 
 
 def learning_rate(seen: int, p: Optimisation) -> float:
-    """Constant, after a linear warm-up, before a linear cool-down (both in images)."""
-    up = min(1.0, (seen + p.batch) / p.warmup_images) if p.warmup_images else 1.0
-    down = min(1.0, (p.images - seen) / p.cooldown_images) if p.cooldown_images else 1.0
-    return p.learning_rate * up * down
+    """Constant, after a linear warm-up, before a linear cool-down (both in images); after `restart.at` the same once more."""
+    start, end, peak, cooldown = 0, p.images, p.learning_rate, p.cooldown_images
+    if p.restart and seen >= p.restart.at:
+        start, peak, cooldown = p.restart.at, p.restart.learning_rate, p.restart.cooldown_images
+    elif p.restart:
+        end = p.restart.at
+    up = min(1.0, (seen - start + p.batch) / p.warmup_images) if p.warmup_images else 1.0
+    down = min(1.0, (end - seen) / cooldown) if cooldown else 1.0
+    return peak * up * down
 
 
 def train(task: Task, p: Optimisation, state_path: Path) -> None:
