@@ -50,6 +50,19 @@ def test_references_scale_and_seed_each_change_the_image(easyref: EasyRef) -> No
     np.testing.assert_array_equal(make("red", scale=0.0), make("blue", scale=0.0))
 
 
+def test_weights_of_references(easyref: EasyRef) -> None:
+    """Each sample of a batch has its own; one of 1 each is none; a heavy one pulls towards its reference."""
+    both, prompts = [reference("red"), reference("blue")], ["star"]
+    plain = easyref.encode([both], prompts)
+    torch.testing.assert_close(easyref.encode([both], prompts, [[1.0, 1.0]]), plain)
+    batch = easyref.encode([both, [], both], ["star"] * 3, [[9.0, 1.0], None, None])
+    torch.testing.assert_close(batch[0], easyref.encode([both], prompts, [[9.0, 1.0]])[0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(batch[2], plain[0], atol=1e-4, rtol=0)
+    assert (batch[0] - plain[0]).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="request 0: 1 weights for 2 references"):
+        easyref.encode([both], prompts, [[1.0]])
+
+
 def test_cached_keys_and_values_equal_tokens_in_every_step(easyref: EasyRef) -> None:
     """The packed payload of `encode` against tokens projected in each step by each layer."""
     unet = easyref.pipe.unet

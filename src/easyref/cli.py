@@ -117,6 +117,7 @@ def summary() -> None:
 @app.command()
 def generate(
     ref: Annotated[list[Path], typer.Option("--ref", help="A reference image; repeat for more.")],
+    weight: Annotated[list[float] | None, typer.Option(help="How much each reference counts, in the same order; 1 each.")] = None,
     prompt: Annotated[str, typer.Option(help="What to draw.")] = "",
     negative_prompt: Annotated[str, typer.Option(help="What to avoid.")] = "",
     model: Annotated[str, typer.Option(help="Checkpoint, pulled model, or models:/easyref@champion.")] = str(MODELS / "finetune_multi"),
@@ -147,11 +148,13 @@ def generate(
     limit = read_config(folder).reference.max_references
     if len(references) > limit:
         raise ValueError(f"{len(references)} references, the model takes at most {limit}; give fewer --ref")
+    if weight and len(weight) != len(references):
+        raise ValueError(f"{len(weight)} --weight for {len(references)} --ref; give one for each")
     easyref = EasyRef.from_pretrained(folder)
     easyref.check_prompt(prompt)
     images = []
     for start in track(range(seed, seed + num, 8), "generate", -(-num // 8), "batches"):
-        requests = [Request(prompt, references, s, negative_prompt) for s in range(start, min(start + 8, seed + num))]
+        requests = [Request(prompt, references, s, negative_prompt, weight) for s in range(start, min(start + 8, seed + num))]
         images += easyref(requests, steps, guidance, scale)
     for number, image in enumerate(images):
         path = out / f"{seed + number}.png"

@@ -23,12 +23,13 @@ from easyref.seeds import torch_rng
 
 @dataclass(frozen=True)
 class Request:
-    """One image to make. No references: the null reference, which is text alone."""
+    """One image to make. No references: the null reference, which is text alone. `weights`: how much each reference counts."""
 
     prompt: str
     references: Sequence[Image.Image]
     seed: int
     negative_prompt: str = ""
+    weights: Sequence[float] | None = None
 
 
 class EasyRef:
@@ -73,11 +74,21 @@ class EasyRef:
         return cls(pipe, encoder, ReferenceProcessor.from_pretrained(place, config.reference, config.mllm_revision), adapter)
 
     @torch.no_grad()
-    def encode(self, references: Sequence[Sequence[Image.Image]], prompts: Sequence[str]) -> torch.Tensor:
-        """Packed reference keys and values [B, 1, T, W] of each sample; an empty list of references is the null reference."""
+    def encode(
+        self, references: Sequence[Sequence[Image.Image]], prompts: Sequence[str], weights: Sequence[Sequence[float] | None] = ()
+    ) -> torch.Tensor:
+        """Packed reference keys and values [B, 1, T, W] of each sample; an empty list of references is the null reference.
+        `weights`: for each sample none, or a weight for each reference."""
         filled = [list(r) or [null_image()] for r in references]
-        inputs = self.processor(filled, prompts).to(self.pipe.device)
-        tokens_BTX = self.encoder(inputs).to(self.pipe.unet.dtype)
+        inputs = self.processor(filled, prompts)
+        bias_BL = None
+        if any(weights):
+            for i, (given, images) in enumerate(zip(weights, references, strict=True)):
+                if given and len(given) != len(images):
+                    raise ValueError(f"request {i}: {len(given)} weights for {len(images)} references; give one for each")
+            given_each = [list(given or [1.0] * len(images)) for given, images in zip(weights, filled, strict=True)]
+            bias_BL = self.processor.bias(inputs, given_each).to(self.pipe.device)
+        tokens_BTX = self.encoder(inputs.to(self.pipe.device), bias_BL).to(self.pipe.unet.dtype)
         return self.adapter.payload(tokens_BTX)
 
     @torch.no_grad()
@@ -91,7 +102,7 @@ class EasyRef:
         """
         for request in requests:
             self.check_prompt(request.prompt)
-        positive = self.encode([r.references for r in requests], [r.prompt for r in requests])
+        positive = self.encode([r.references for r in requests], [r.prompt for r in requests], [r.weights for r in requests])
         payload = torch.cat([self._null_payload(requests), positive]) if guidance > 1 else positive
         self.adapter.set_scale(scale)
         default = self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor

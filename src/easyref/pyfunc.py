@@ -25,6 +25,7 @@ class GenerateRequest(BaseModel):
 
     references: list[str] = Field(description="base64 of image files, or paths below EASYREF_REFERENCES")
     prompt: str
+    weights: list[float] | None = Field(default=None, description="how much each reference counts; 1 each if not given")
     negative_prompt: str | None = None
     seed: int | None = None
     steps: int | None = None
@@ -62,7 +63,7 @@ class EasyRefModel(PythonModel):
             if len(request.references) > MAX_REFERENCES:
                 raise ValueError(f"references: {len(request.references)}, at most {MAX_REFERENCES}; send fewer")
             references = [read_reference(text, f"references[{i}]") for i, text in enumerate(request.references)]
-            made = Request(request.prompt, references, int(seed), request.negative_prompt or "")
+            made = Request(request.prompt, references, int(seed), request.negative_prompt or "", request.weights)
             image = self.easyref([made], int(steps), guidance, scale)[0]
             buffer = io.BytesIO()
             image.save(buffer, "PNG")

@@ -281,6 +281,36 @@ def test_aggregator_sees_a_set_of_states_with_positions(
     assert (encoder(only_states) - tokens[:1]).abs().max() > 1e-3
 
 
+def test_a_weight_counts_a_reference_so_many_times(make_encoder: Make, processor: ReferenceProcessor) -> None:
+    """2: as if the aggregator saw that image's states twice; 0: as if it did not see them; 1: no difference."""
+    encoder = make_encoder()
+    inputs = processor([[picture(0), picture(1, 32, 16)], [picture(2)]], ["a cat", "a dog"])
+    p = encoder.prefix(inputs)
+    plain = encoder(p)
+    torch.testing.assert_close(encoder(p, processor.bias(inputs, [[1, 1], [1]])), plain, atol=1e-12, rtol=0)
+    (places,) = torch.nonzero(inputs.mm_token_type_ids_BL[0], as_tuple=True)
+    second = places[processor.num_merged_tokens(processor.image(picture(0))) :]
+    for weight, extra in ((2.0, second), (3.0, second.repeat(2))):
+        index = torch.cat([torch.arange(p.mask_BL.shape[1]), extra])
+        seen = PrefixStates(p.states_BLD[:1, index], p.mask_BL[:1, index], p.positions_3BL[:, :1, index])
+        weighted = encoder(p, processor.bias(inputs, [[1, weight], [1]]))
+        torch.testing.assert_close(weighted[:1], encoder(seen), atol=1e-12, rtol=0)
+        torch.testing.assert_close(weighted[1:], plain[1:], atol=1e-12, rtol=0)
+    without = p.mask_BL[:1].clone()
+    without[0, second] = 0
+    blind = encoder.aggregate(PrefixStates(p.states_BLD[:1], without, p.positions_3BL[:, :1]))
+    assert p.positions_3BL[:, 0, second].max() < p.positions_3BL[:, 0].max()  # else the tokens' own positions would move
+    torch.testing.assert_close(encoder(p, processor.bias(inputs, [[1, 0], [1]]))[:1], blind, atol=1e-12, rtol=0)
+    for weights, message in (
+        ([[1, 1], []], "weights "),
+        ([[1], [1]], "2 weights for 3"),
+        ([[0, 0], [1]], "above 0"),
+        ([[1, -1], [1]], "from 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            processor.bias(inputs, weights)
+
+
 @by_positions
 def test_order_of_different_references_matters(make_encoder: Make, processor: ReferenceProcessor, positions: str) -> None:
     encoder = make_encoder(positions=positions)

@@ -173,6 +173,23 @@ class ReferenceProcessor:
             image_grid_thw=torch.stack([p.grid_thw for p in images]),
         )
 
+    def bias(self, inputs: ReferenceInputs, weights: Sequence[Sequence[float]]) -> Tensor:
+        """bias_BL for references that count `weights` times, one list for each sample: log w at the tokens of each image. A softmax
+        with log 2 added is the softmax with those tokens there twice; 0 leaves them out.
+
+        Raises:
+            ValueError: another number of weights than of images, a negative one, or none above zero.
+        """
+        for given in weights:
+            if not all(0 <= w < torch.inf for w in given) or not any(given):
+                raise ValueError(f"weights {list(given)} of the references: give numbers from 0 on, at least one above 0")
+        flat = torch.tensor([w for given in weights for w in given], dtype=torch.float64)
+        if len(flat) != len(inputs.image_grid_thw):
+            raise ValueError(f"{len(flat)} weights for {len(inputs.image_grid_thw)} references; give one for each")
+        tokens_N = inputs.image_grid_thw.prod(-1) // self.config.merge_size**2
+        bias_BL = torch.zeros(inputs.input_ids_BL.shape, dtype=torch.float64)
+        return bias_BL.masked_scatter(inputs.mm_token_type_ids_BL == 1, flat.log().repeat_interleave(tokens_N))
+
     def __call__(self, references: Sequence[Sequence[Image.Image]], prompts: Sequence[str]) -> ReferenceInputs:
         """`batch` straight from PIL images: one list of references and one prompt for each sample."""
         return self.batch([ReferenceSample([self.image(i) for i in r], p) for r, p in zip(references, prompts, strict=True)])
@@ -255,22 +272,23 @@ class ReferenceEncoder(nn.Module):
         ).last_hidden_state
         return PrefixStates(states_BLD, inputs.mask_BL, positions_3BL)
 
-    def aggregate(self, prefix: PrefixStates) -> Tensor:
+    def aggregate(self, prefix: PrefixStates, bias_BL: Tensor | None = None) -> Tensor:
         """Last layer, norm and projector for the T reference tokens -> tokens_BTX in this module's dtype.
 
-        Keys and values come from all L + T tokens, queries from the T reference tokens only: cost T * (L + T).
+        `bias_BL` is added to the scores of the context tokens (`ReferenceProcessor.bias`). Keys and values come from all L + T
+        tokens, queries from the T reference tokens only: cost T * (L + T).
         The same numbers as the whole layer on L + T tokens, of which only the last T outputs are used.
         """
         layer, dtype = self.final_layer, self.reference_tokens.dtype
         tokens_BTD = self.reference_tokens.expand(len(prefix.states_BLD), -1, -1)
         all_BSD = torch.cat([prefix.states_BLD.to(dtype), tokens_BTD], dim=1)
-        tokens_BTD = tokens_BTD + self._attention(layer.input_layernorm(all_BSD), prefix)
+        tokens_BTD = tokens_BTD + self._attention(layer.input_layernorm(all_BSD), prefix, bias_BL)
         tokens_BTD = tokens_BTD + layer.mlp(layer.post_attention_layernorm(tokens_BTD))
         return self.projector(self.norm(tokens_BTD)).to(dtype)
 
-    def forward(self, inputs: ReferenceInputs | PrefixStates) -> Tensor:
+    def forward(self, inputs: ReferenceInputs | PrefixStates, bias_BL: Tensor | None = None) -> Tensor:
         """tokens_BTX; from cached prefix states too, so that a wrapper (DDP) sees one entry point."""
-        return self.aggregate(inputs if isinstance(inputs, PrefixStates) else self.prefix(inputs))
+        return self.aggregate(inputs if isinstance(inputs, PrefixStates) else self.prefix(inputs), bias_BL)
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by the names that the stages table uses; every parameter is in exactly one part."""
@@ -296,7 +314,7 @@ class ReferenceEncoder(nn.Module):
         )
         return positions_3BL.to(inputs.input_ids_BL.device)
 
-    def _attention(self, normed_BSD: Tensor, prefix: PrefixStates) -> Tensor:
+    def _attention(self, normed_BSD: Tensor, prefix: PrefixStates, bias_BL: Tensor | None) -> Tensor:
         """Attention output [B, T, D] of the reference tokens over S = L + T tokens, with explicit mask and positions."""
         attn, num_tokens = self.final_layer.self_attn, self.config.num_tokens
         cos_BSE, sin_BSE = self.rotary(normed_BSD, _extend_positions(prefix, num_tokens))
@@ -305,12 +323,16 @@ class ReferenceEncoder(nn.Module):
         v_BGSE = _heads(attn.v_proj(normed_BSD), attn.head_dim)
         q_BHTE = _rotate(q_BHTE, cos_BSE[:, -num_tokens:], sin_BSE[:, -num_tokens:])
         k_BGSE = _rotate(k_BGSE, cos_BSE, sin_BSE)
+        mask_B1TS = _attention_mask(prefix.mask_BL, num_tokens, self.config.final_layer_attention == "causal")
+        if bias_BL is not None:
+            bias_B11S = F.pad(bias_BL.to(q_BHTE), (0, num_tokens))[:, None, None]
+            mask_B1TS = bias_B11S.expand_as(mask_B1TS).masked_fill(~mask_B1TS, -torch.inf)
         out_BHTE = F.scaled_dot_product_attention(
             q_BHTE,
             # Repeated by hand: with a mask and enable_gqa, CUDA has only the slow kernel.
             k_BGSE.repeat_interleave(attn.num_key_value_groups, dim=1),
             v_BGSE.repeat_interleave(attn.num_key_value_groups, dim=1),
-            attn_mask=_attention_mask(prefix.mask_BL, num_tokens, self.config.final_layer_attention == "causal"),
+            attn_mask=mask_B1TS,
             dropout_p=attn.attention_dropout if self.training else 0.0,
             scale=attn.scaling,
         )
