@@ -25,11 +25,11 @@ PARAMS = Path("params.yaml")
 
 @app.command()
 def ingest(params: ParamsFile = PARAMS) -> None:
-    """Images of the source → tar shards and images.parquet."""
+    """Images of the source (emoji, folder, tar, table, upstream JSON) → checked tar shards, images.parquet, rejects.parquet."""
     from easyref.config import load_params
     from easyref.data.ingest import ingest as run
 
-    counts = run(load_params(params), DATA / "images")
+    counts = run(load_params(params), DATA / "images", WORK / "ingest")
     print(", ".join(f"{v} {k.replace('_', ' ')}" for k, v in counts.items()))
 
 
@@ -61,6 +61,14 @@ def split(params: ParamsFile = PARAMS) -> None:
         for name, table in tables.items():
             write_table(folder / f"{name}.parquet", table)
     print(", ".join(f"{k} {n}" for k, n in sorted(tables["images"]["split"].value_counts().iter_rows())))
+
+
+@app.command()
+def upstream(out: Annotated[Path, typer.Argument(help="Folder for data.json and images; replaced if it is there.")]) -> None:
+    """The training groups as the JSON and images that the published training code reads."""
+    from easyref.data.upstream import write_upstream
+
+    print(f"{out}: {write_upstream(DATA, out)} entries")
 
 
 @app.command()

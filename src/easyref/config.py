@@ -25,21 +25,40 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+class IngestLimits(Section):
+    """What an image of a heap must be like to be taken; the rest ends in rejects.parquet."""
+
+    max_bytes: PositiveInt
+    max_pixels: PositiveInt
+    max_side: PositiveInt
+    min_side: PositiveInt
+    max_aspect: float = Field(ge=1)  # longer side over shorter
+    max_frames: PositiveInt  # of an animation, of which the first counts
+    max_metadata: PositiveInt  # bytes
+    near_duplicate_distance: float = Field(ge=0)  # root mean square difference of 16×16 thumbnails, of 255
+    max_reject_share: float = Share  # the stage fails above it
+    seconds: float = Field(gt=0)  # for one image
+    memory_mib: PositiveInt  # for one image
+    workers: PositiveInt
+
+
 class Ingest(Section):
-    source: Literal["emoji", "folder"]
-    path: str | None  # of a folder source
-    size: PositiveInt  # pixels a side
-    palette: int = Field(ge=2, le=256)  # PNG colours
+    source: Literal["emoji", "folder", "tar", "table", "upstream"]
+    path: str | None  # of the folder, the tar file or folder of tars, the table, the JSON; emoji has none
+    size: PositiveInt  # pixels: the shorter side of every stored image
+    palette: int = Field(ge=2, le=256)  # PNG colours of emoji
+    shard_images: PositiveInt
+    limits: IngestLimits
 
     @model_validator(mode="after")
     def _path(self) -> Ingest:
-        if (self.source == "folder") != (self.path is not None):
-            raise ValueError("path belongs to source: folder; give both or neither (path: null)")
+        if (self.source == "emoji") != (self.path is None):
+            raise ValueError("path belongs to every source but emoji; give it, or path: null")
         return self
 
 
 class Group(Section):
-    kinds: list[Literal["subject", "person", "style"]]
+    kinds: list[Literal["subject", "person", "style", "given"]]
     min_members: int = Field(ge=2)
     min_styles: int = Field(ge=2)  # a subject group spans at least so many styles
 

@@ -6,44 +6,114 @@ Every failure is an `ImageError` whose message is one line: what, where, how to 
 from __future__ import annotations
 
 import io
+import math
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
-MAX_BYTES = 64 * 2**20
-MAX_PIXELS = 50_000_000
-MAX_SIDE = 20_000
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+#: Why an image cannot be used, in one word.
+Reason = Literal[
+    "missing", "empty", "bytes", "format", "pixels", "small", "aspect", "frames", "metadata", "broken",
+    "timeout", "crash", "duplicate", "near_duplicate", "member", "tar", "record",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Caps on an image file. The default is what any reader of the project takes."""
+
+    max_bytes: int = 64 * 2**20
+    max_pixels: int = 50_000_000
+    max_side: int = 20_000
+    min_side: int = 1
+    max_aspect: float = math.inf  # longer side over shorter
+    max_frames: int | None = None  # of an animation, of which the first counts; None: not looked at
+    max_metadata: int = 16 * 2**20  # bytes of EXIF, ICC profile and text
 
 
 class ImageError(ValueError):
-    """An image that cannot be used; the message names the file, the reason and the fix."""
+    """An image that cannot be used; the message names the file, what is wrong and the fix, `reason` is the same in one word."""
+
+    def __init__(self, message: str, reason: Reason) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
-def open_image(source: str | Path | bytes, name: str = "") -> Image.Image:
-    """Read an image file (or its bytes) as RGB. Transparent pixels become white; only the first frame is used.
+def open_image(source: str | Path | bytes, name: str = "", limits: Limits = Limits()) -> Image.Image:
+    """Read an image file (or its bytes) as RGB, turned as its EXIF says, in sRGB. Transparent pixels become white; only the first
+    frame is used. What it is, its content says, not its name.
 
     Raises:
-        ImageError: no such file, not an image, over a cap (bytes, pixels, side), or truncated.
+        ImageError: no such file, not an image, over a cap, or broken.
     """
     name = name or (source if isinstance(source, str) else str(source) if isinstance(source, Path) else "image")
-    data = source if isinstance(source, bytes) else _read(Path(source))
-    if len(data) > MAX_BYTES:
-        raise ImageError(f"{name}: {len(data)} bytes is over the cap of {MAX_BYTES}; save it smaller")
+    data = source if isinstance(source, bytes) else _read(Path(source), limits)
+    image = _header(data, name, limits)
+    try:
+        image.load()
+        return to_rgb(_to_srgb(ImageOps.exif_transpose(image)))
+    except Exception as error:
+        raise ImageError(f"{name}: broken image data ({type(error).__name__}); save it again", "broken") from error
+
+
+def _header(data: bytes, name: str, limits: Limits) -> Image.Image:
+    """The image before its pixels are read, if it is within all limits."""
+    if not data:
+        raise ImageError(f"{name}: an empty file; get it again", "empty")
+    if len(data) > limits.max_bytes:
+        raise ImageError(f"{name}: {len(data)} bytes is over the cap of {limits.max_bytes}; save it smaller", "bytes")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name}: more pixels than the cap of {limits.max_pixels}; shrink it", "pixels") from error
     except Exception as error:  # pillow raises many types on hostile headers
-        raise ImageError(f"{name}: not an image that can be read; give a {', '.join(FORMATS)} file") from error
+        if "text chunk" in str(error).lower() or "MAX_TEXT" in str(error):
+            raise ImageError(f"{name}: more text in it than pillow takes; save it without", "metadata") from error
+        raise ImageError(f"{name}: not an image that can be read; give a {', '.join(FORMATS)} file", "format") from error
     width, height = image.size
-    if width > MAX_SIDE or height > MAX_SIDE or width * height > MAX_PIXELS:
-        raise ImageError(f"{name}: {width}x{height} pixels is over the cap of {MAX_PIXELS} pixels or {MAX_SIDE} a side; shrink it")
+    if width > limits.max_side or height > limits.max_side or width * height > limits.max_pixels:
+        cap = f"{limits.max_pixels} pixels or {limits.max_side} a side"
+        raise ImageError(f"{name}: {width}x{height} pixels is over the cap of {cap}; shrink it", "pixels")
+    if min(width, height) < limits.min_side:
+        raise ImageError(f"{name}: {width}x{height} pixels, at least {limits.min_side} a side are needed; get it larger", "small")
+    if max(width, height) > limits.max_aspect * min(width, height):
+        raise ImageError(f"{name}: {width}x{height}, longer than {limits.max_aspect:g} times its width; crop it", "aspect")
+    metadata = sum(len(value) for value in image.info.values() if isinstance(value, bytes | str))
+    if metadata > limits.max_metadata:
+        raise ImageError(f"{name}: {metadata} bytes of metadata, over the cap of {limits.max_metadata}; save it without", "metadata")
+    if limits.max_frames is not None:
+        try:
+            frames = getattr(image, "n_frames", 1)
+            image.seek(0)
+        except Exception as error:
+            raise ImageError(f"{name}: broken image data ({type(error).__name__}); save it again", "broken") from error
+        if frames > limits.max_frames:
+            raise ImageError(f"{name}: {frames} frames, at most {limits.max_frames}; give a still image", "frames")
+    return image
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    """Colours by the embedded profile; one that is broken or does not fit is ignored."""
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode not in ("RGB", "CMYK"):
+        return image
     try:
-        return to_rgb(ImageOps.exif_transpose(image))
-    except Exception as error:
-        raise ImageError(f"{name}: broken image data ({type(error).__name__}); save it again") from error
+        return ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB") or image
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return image
+
+
+def file_suffix(data: bytes) -> str:
+    """`.png`, `.jpg`, …: what an image file is by its content."""
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        kind = str(image.format).lower()
+    return {"jpeg": ".jpg", "tiff": ".tif"}.get(kind, f".{kind}")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -57,11 +127,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, limits: Limits) -> bytes:
     if not path.is_file():
-        raise ImageError(f"{path}: no such file; check the path")
-    if path.stat().st_size > MAX_BYTES:
-        raise ImageError(f"{path}: {path.stat().st_size} bytes is over the cap of {MAX_BYTES}; save it smaller")
+        raise ImageError(f"{path}: no such file; check the path", "missing")
+    if path.stat().st_size > limits.max_bytes:
+        raise ImageError(f"{path}: {path.stat().st_size} bytes is over the cap of {limits.max_bytes}; save it smaller", "bytes")
     return path.read_bytes()
 
 

@@ -24,6 +24,8 @@ IMAGE_COLUMNS = (
     *("sha256", "shard", "offset", "size", "width", "height", "caption", "licence", "source"),
     *("concept", "subject", "gender", "tone", "style", "category", "colors"),
 )
+#: rejects.parquet: one row an image of the source that was not taken; `reason` in one word, `detail` in one line.
+REJECT_COLUMNS = ("name", "reason", "detail")
 #: groups.parquet: one row a group of images that share something; `members` is a list of sha256.
 GROUP_COLUMNS = ("group_id", "kind", "split", "members")
 #: samples.parquet: one row a leave-one-out sample (method.md §5): references → target under `prompt`.

@@ -8,9 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from easyref.data.shards import ImageStore
 from easyref.records import read_table, sha256_json
+
+
+def centre(image: Image.Image) -> Image.Image:
+    """The largest square in the middle. (Buckets by aspect would keep the rest.)"""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
 
 
 class TrainingImages:
@@ -24,7 +32,7 @@ class TrainingImages:
         splits = dict(read_table(data / "split" / "images.parquet", ("sha256", "split")).iter_rows())
         self.sha256s = list(sha256s) if sha256s is not None else [s for s in self.store.rows if splits[s] == "train"]
         self.labels = [self.store.rows[s] for s in self.sha256s]
-        self.pixels = np.stack([np.asarray(self.store.image(s)) for s in self.sha256s])
+        self.pixels = np.stack([np.asarray(centre(self.store.image(s))) for s in self.sha256s])
         counts = Counter(label["concept"] for label in self.labels)
         self.weights = np.array([counts[label["concept"]] ** -0.5 for label in self.labels])
         self.groups: list[tuple[str, list[int]]] = []

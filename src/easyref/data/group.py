@@ -2,7 +2,7 @@
 against which learned grouping is scored.
 
 subject: one concept drawn in several styles · person: one style, gender and skin tone in many roles ·
-style: one set of drawings and one Unicode category.
+style: one set of drawings and one Unicode category · given: what the source says belongs together (folder, column, entry).
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import polars as pl
 
 from easyref.config import Group
 
-KEYS = {"subject": ("concept", "gender"), "person": ("style", "gender", "tone"), "style": ("style", "category")}
+KEYS = {"subject": ("concept", "gender"), "person": ("style", "gender", "tone"), "style": ("style", "category"), "given": ("concept",)}
+
+GIVEN = "given"  # category of an image whose concept is the group that its source names
 
 
 def group_images(images: pl.DataFrame, params: Group) -> pl.DataFrame:
@@ -24,6 +26,8 @@ def _groups_of_kind(images: pl.DataFrame, kind: str, params: Group) -> pl.DataFr
     keys = list(KEYS[kind])
     if kind == "subject":
         images = images.filter(pl.col("tone") == "")
+    if kind == "given":
+        images = images.filter(pl.col("category") == GIVEN)
     if kind == "person":
         images = images.filter((pl.col("tone") != "") & (pl.col("gender") != ""))
     table = images.group_by(keys).agg(pl.col("sha256").sort().alias("members"), pl.col("style").n_unique().alias("styles"))

@@ -1,38 +1,66 @@
-"""Stage `ingest`: images of a source → tar shards + images.parquet with captions, labels and licences."""
+"""Stage `ingest`: images of a source → tar shards + images.parquet with captions, labels and licences.
+
+Emoji are rendered. A heap of images (folder, tars, table, JSON) is read, checked and normalised shard by shard: a finished one is not
+made again when the same command is given after a kill, and the tables do not depend on the number of workers.
+"""
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import polars as pl
 
-from easyref.config import Params
+from easyref.config import Ingest, Params
 from easyref.data import emoji
 from easyref.data.captions import caption
+from easyref.data.check import Checked, Rejected, check_all
+from easyref.data.group import GIVEN
 from easyref.data.shards import write_shard
-from easyref.images import open_image, to_png
+from easyref.data.sources import Found, from_folder, from_table, from_tars, from_upstream
+from easyref.images import Reason
 from easyref.progress import track
-from easyref.records import IMAGE_COLUMNS, atomic_folder, sha256_bytes, write_table
+from easyref.records import (
+    IMAGE_COLUMNS,
+    REJECT_COLUMNS,
+    atomic_folder,
+    read_json,
+    read_table,
+    remove_folder,
+    sha256_bytes,
+    sha256_json,
+    write_json,
+    write_table,
+)
 
-SHARD_IMAGES = 4096
 
+def ingest(params: Params, out: Path, work: Path) -> dict[str, int]:
+    """Write the images of `params.ingest.source` to `out`; returns counts.
 
-def ingest(params: Params, out: Path, workers: int = 2) -> dict[str, int]:
-    """Write the images of `params.ingest.source` to `out`; returns counts (images, exact duplicates)."""
+    Raises:
+        ValueError: a source that cannot be read, no good image, or more rejects than `limits.max_reject_share`.
+    """
     if params.ingest.source == "emoji":
-        pngs, rows = _emoji(params, out.parent / "sources", workers)
-    else:
-        pngs, rows = _folder(params, Path(str(params.ingest.path)))
+        return _ingest_emoji(params, out)
+    return _ingest_heap(params.ingest, out, work)
+
+
+def _ingest_emoji(params: Params, out: Path) -> dict[str, int]:
+    pngs, rows = _emoji(params, out.parent / "sources", params.ingest.limits.workers)
     unique: dict[str, int] = {}
     for index, data in enumerate(pngs):
         unique.setdefault(sha256_bytes(data), index)
-    keep = list(unique.values())
+    keep, most = list(unique.values()), params.ingest.shard_images
     with atomic_folder(out) as folder:
         stored = []
-        for number, start in enumerate(range(0, len(keep), SHARD_IMAGES)):
-            part = keep[start : start + SHARD_IMAGES]
+        for number, start in enumerate(range(0, len(keep), most)):
+            part = keep[start : start + most]
             places = write_shard(folder / f"images-{number:05d}.tar", [pngs[i] for i in part])
             stored += [{**places[j], **rows[i]} for j, i in enumerate(part)]
         write_table(folder / "images.parquet", pl.DataFrame(stored).select(IMAGE_COLUMNS))
@@ -55,25 +83,126 @@ def _emoji(params: Params, sources: Path, workers: int) -> tuple[list[bytes], li
     return [data for data, _ in rendered], rows
 
 
-def _folder(params: Params, folder: Path) -> tuple[list[bytes], list[dict]]:
-    """A folder of images; `name.txt` beside an image is its caption."""
-    pngs, rows, rejected = [], [], Counter[str]()
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp")):
-        try:
-            image = open_image(path)
-        except ValueError as error:
-            rejected[str(error)] += 1
-            continue
-        image.thumbnail((params.ingest.size, params.ingest.size))
-        text = path.with_suffix(".txt").read_text().strip() if path.with_suffix(".txt").exists() else path.stem
-        empty = dict.fromkeys(("gender", "tone", "style", "category", "colors"), "")
-        pngs.append(to_png(image))
-        rows.append(
-            {**empty, "concept": path.parent.name, "subject": text, "width": image.width, "height": image.height,
-             "caption": text, "licence": "unknown", "source": path.name}
-        )  # fmt: skip
-    for reason in rejected:
-        print(f"rejected: {reason}")
-    if not pngs:
-        raise ValueError(f"{folder}: no image that can be read; give a folder of png, jpg, webp or bmp files")
-    return pngs, rows
+# -- a heap of images --------------------------------------------------------------------------------------------------
+
+READERS = {"folder": from_folder, "tar": from_tars, "table": from_table, "upstream": from_upstream}
+LABELS = ("concept", "subject", "gender", "tone", "style", "category", "colors")
+
+
+def _ingest_heap(p: Ingest, out: Path, work: Path) -> dict[str, int]:
+    place = Path(str(p.path))
+    if not place.exists():
+        raise ValueError(f"{place}: no such {p.source}; set ingest.path")
+    seen = _Seen(p.limits.near_duplicate_distance)
+    parts: list[Path] = []
+    found = READERS[p.source](place)
+    while chunk := list(islice(found, p.shard_images)):
+        part = work / f"{len(parts):05d}"
+        if not _done(part, key := _key(chunk, p, seen)):
+            _make_part(chunk, p, seen, part, key)
+        parts.append(part)
+        seen.add(read_table(part / "images.parquet"))
+    rejects = pl.concat([read_table(part / "rejects.parquet", REJECT_COLUMNS) for part in parts]) if parts else pl.DataFrame()
+    reasons = Counter(rejects["reason"].to_list() if len(rejects) else [])
+    duplicates = reasons["duplicate"] + reasons["near_duplicate"]
+    bad, total = len(rejects) - duplicates, len(rejects) + seen.count
+    if not seen.count or bad > p.limits.max_reject_share * total:
+        if len(rejects):
+            write_table(work / "rejects.parquet", rejects)
+        why = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common(3)) or "nothing was found"
+        fix = f"see {work / 'rejects.parquet'}, or raise ingest.limits.max_reject_share" if len(rejects) else "set ingest.path"
+        raise ValueError(f"{place}: {bad} of {total} images are not usable ({why}); {fix}")
+    with atomic_folder(out) as folder:
+        for part in parts:
+            for shard in part.glob("*.tar"):
+                shutil.copy(shard, folder)
+        tables = [read_table(part / "images.parquet") for part in parts]
+        write_table(folder / "images.parquet", pl.concat([t for t in tables if len(t)]).select(IMAGE_COLUMNS))
+        write_table(folder / "rejects.parquet", rejects)
+    remove_folder(work)
+    return {"images": seen.count, **{f"rejected: {reason}": n for reason, n in reasons.most_common()}}
+
+
+class _Seen:
+    """What earlier shards hold, for duplicates. A near duplicate has at least 16 of the 64 bits of its look in place, and a thumbnail
+    within `distance`."""
+
+    def __init__(self, distance: float) -> None:
+        self.distance, self.count = distance, 0
+        self.originals: set[str] = set()
+        self.thumbnails: list[bytes] = []
+        self.bands: dict[tuple[int, bytes], list[int]] = {}  # quarter of the look → thumbnails
+        self.history = ""  # hash of it all
+
+    def add(self, table: pl.DataFrame) -> None:
+        for row in table.select("original", "look", "thumbnail").iter_rows():
+            self.take(*row)
+        self.count += len(table)
+        self.history = sha256_json([self.history, table["original"].to_list() if len(table) else []])
+
+    def take(self, original: str, look: bytes, thumbnail: bytes) -> None:
+        self.originals.add(original)
+        for band in _bands(look):
+            self.bands.setdefault(band, []).append(len(self.thumbnails))
+        self.thumbnails.append(thumbnail)
+
+    def duplicate(self, image: Checked) -> Reason | None:
+        if image.original in self.originals:
+            return "duplicate"
+        near = sorted({i for band in _bands(image.look) for i in self.bands.get(band, ())})
+        if not near:
+            return None
+        theirs = np.frombuffer(b"".join(self.thumbnails[i] for i in near), np.uint8).reshape(len(near), -1)
+        errors = (theirs.astype(np.float32) - np.frombuffer(image.thumbnail, np.uint8)) ** 2
+        return "near_duplicate" if errors.mean(1).min() <= self.distance**2 else None
+
+
+def _bands(look: bytes) -> list[tuple[int, bytes]]:
+    return [(i, look[i : i + 2]) for i in range(0, len(look), 2)]
+
+
+def _key(chunk: list[Found], p: Ingest, seen: _Seen) -> str:
+    """Hash of all that a shard depends on."""
+    limits = p.limits.model_dump(exclude={"max_reject_share", "workers"})
+    files = {f.file: (stat.st_size, stat.st_mtime_ns) for f in chunk if Path(f.file).exists() and (stat := Path(f.file).stat())}
+    return sha256_json([[asdict(f) for f in chunk], files, p.size, limits, seen.history])
+
+
+def _done(part: Path, key: str) -> bool:
+    return (part / "key.json").exists() and read_json(part / "key.json") == key
+
+
+def _make_part(chunk: list[Found], p: Ingest, seen: _Seen, part: Path, key: str) -> None:
+    """Check `chunk` and write one shard with its rows and rejects, all or nothing."""
+    new = _Seen(p.limits.near_duplicate_distance)  # of this shard; `seen` gets it when it is whole
+    good: list[tuple[Found, Checked]] = []
+    rejects: list[tuple[str, str, str]] = []
+    for found, result in zip(chunk, track(check_all(chunk, p.size, p.limits), f"ingest {part.name}", len(chunk)), strict=True):
+        if isinstance(result, Rejected):
+            rejects.append((found.name, result.reason, result.detail))
+        elif reason := seen.duplicate(result) or new.duplicate(result):
+            rejects.append((found.name, reason, f"{found.name}: {reason.replace('_', ' ')} of an earlier image"))
+        else:
+            new.take(result.original, result.look, result.thumbnail)
+            good.append((found, result))
+    with atomic_folder(part) as folder:
+        rows = []
+        if good:
+            shard = folder / f"images-{part.name}.tar"
+            places = write_shard(shard, [image.data for _, image in good], [image.suffix for _, image in good])
+            rows = [{**place, **_row(found, image)} for place, (found, image) in zip(places, good, strict=True)]
+        schema: dict[str, Any] = {n: pl.Int64 if n in ("offset", "size", "width", "height") else pl.String for n in IMAGE_COLUMNS}
+        schema |= {"original": pl.String, "look": pl.Binary, "thumbnail": pl.Binary}
+        write_table(folder / "images.parquet", pl.DataFrame(rows, schema=schema))
+        write_table(folder / "rejects.parquet", pl.DataFrame(rejects, schema=dict.fromkeys(REJECT_COLUMNS, pl.String), orient="row"))
+        write_json(folder / "key.json", key)
+
+
+def _row(found: Found, image: Checked) -> dict[str, Any]:
+    """Labels of an image: the group that its source names is its concept; nothing else is known."""
+    words = found.caption or Path(found.group).name.replace("_", " ") or Path(found.name).stem
+    return {
+        **dict.fromkeys(LABELS, ""), "concept": found.group or found.name, "subject": words,
+        "category": GIVEN if found.group else "", "caption": words, "licence": found.licence or "unknown", "source": found.name,
+        "width": image.width, "height": image.height, "original": image.original, "look": image.look, "thumbnail": image.thumbnail,
+    }  # fmt: skip

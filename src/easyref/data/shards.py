@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import polars as pl
@@ -17,11 +18,11 @@ from easyref.images import open_image
 from easyref.records import IMAGE_COLUMNS, atomic_path, read_table, sha256_bytes
 
 
-def write_shard(path: Path, images: list[bytes], suffix: str = "png") -> list[dict]:
-    """Write one tar shard; returns per image `sha256, shard, offset, size` in the given order."""
+def write_shard(path: Path, images: list[bytes], suffixes: Sequence[str] | None = None) -> list[dict]:
+    """Write one tar shard; returns per image `sha256, shard, offset, size` in the given order. `suffixes`: of each (png)."""
     rows = []
     with atomic_path(path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for data in images:
+        for data, suffix in zip(images, suffixes or ["png"] * len(images), strict=True):
             digest = sha256_bytes(data)
             info = tarfile.TarInfo(f"{digest}.{suffix}")
             info.size = len(data)

@@ -78,7 +78,7 @@ def _sample(sample: dict, store: ImageStore, most: int, seed: int) -> dict:
     group, target = sample["group"], sample["target"]
     rng = random.Random(f"{seed}/references/{group['group_id']}/{target}")
     others = [m for m in group["members"] if m != target]
-    prompt = caption(store.rows[target], hide={*SHARED[group["kind"]], "colors"})
+    prompt = caption(store.rows[target], hide={*SHARED.get(group["kind"], ()), "colors"})
     return {
         "sample_id": f"{sample['split']}-{group['kind']}-{target[:12]}", "group_id": group["group_id"], "kind": group["kind"],
         "split": sample["split"], "target": target, "references": rng.sample(others, min(most, len(others))), "prompt": prompt,

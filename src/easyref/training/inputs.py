@@ -60,7 +60,7 @@ class Sampler:
         else:
             target = self.order[number]
             kind, references = rng.choice(list(SHARED)), [target]
-        hidden = {*SHARED[str(kind)], "colors"} if rng.random() < p.hide_labels else {"colors"}
+        hidden = {*SHARED.get(str(kind), ()), "colors"} if rng.random() < p.hide_labels else {"colors"}
         prompt = caption(self.images.labels[target], hide=hidden)
         dropped = rng.random()
         if dropped < p.drop_image + p.drop_both:

@@ -1,0 +1,107 @@
+"""Check and normalise images in worker processes that a malformed one can neither crash nor stall."""
+
+from __future__ import annotations
+
+import io
+import resource
+from collections.abc import Iterator, Sequence
+from concurrent.futures import TimeoutError as Late
+from dataclasses import dataclass
+from multiprocessing import get_context
+
+import numpy as np
+from PIL import Image
+
+from easyref.config import IngestLimits
+from easyref.data.sources import Found
+from easyref.images import ImageError, Limits, Reason, file_suffix, open_image, to_png
+from easyref.records import sha256_bytes
+
+LOSSY = ("JPEG", "WEBP")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One good image: its bytes as they are stored, and what duplicates are found by."""
+
+    data: bytes
+    suffix: str
+    width: int
+    height: int
+    original: str  # sha256 of the bytes as they came
+    look: bytes  # 64-bit difference hash
+    thumbnail: bytes  # RGB, 16×16
+
+
+@dataclass(frozen=True)
+class Rejected:
+    reason: Reason
+    detail: str
+
+
+def check(found: Found, size: int, limits: IngestLimits) -> Checked | Rejected:
+    """Read one image within `limits`. Stored with the shorter side `size`: the bytes as they came if nothing has to change, else
+    JPEG of an image that was lossy before, PNG of any other."""
+    try:
+        data = found.read(limits.max_bytes)
+        image = open_image(data, found.name, image_limits(limits))
+        with Image.open(io.BytesIO(data)) as raw:
+            kept = raw.mode == "RGB" and min(raw.size) == size and raw.size == image.size and raw.info.get("icc_profile") is None
+            kept = kept and raw.getexif().get(0x0112, 1) == 1 and getattr(raw, "n_frames", 1) == 1
+            kind = raw.format or ""
+        if min(image.size) != size:
+            scale = size / min(image.size)
+            shape = [max(size, round(side * scale)) for side in image.size]
+            image = image.resize((shape[0], shape[1]), Image.Resampling.LANCZOS)
+    except ImageError as error:
+        return Rejected(error.reason, str(error))
+    except MemoryError:
+        return Rejected("crash", f"{found.name}: more memory than memory_mib {limits.memory_mib}; shrink it")
+    gray = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
+    look = np.packbits(gray[:, 1:] > gray[:, :-1]).tobytes()
+    thumbnail = np.asarray(image.resize((16, 16), Image.Resampling.BOX)).tobytes()
+    if kept:
+        stored, suffix = data, file_suffix(data).removeprefix(".")
+    elif kind in LOSSY:
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=95, subsampling=0)
+        stored, suffix = buffer.getvalue(), "jpg"
+    else:
+        stored, suffix = to_png(image), "png"
+    return Checked(stored, suffix, image.width, image.height, sha256_bytes(data), look, thumbnail)
+
+
+def image_limits(limits: IngestLimits) -> Limits:
+    return Limits(
+        limits.max_bytes, limits.max_pixels, limits.max_side, limits.min_side, limits.max_aspect, limits.max_frames, limits.max_metadata
+    )
+
+
+def check_all(found: Sequence[Found], size: int, limits: IngestLimits) -> Iterator[Checked | Rejected]:
+    """`check` of each, in their order, on `limits.workers` processes. One that takes more than `limits.seconds` or ends its process
+    is rejected, the others are not touched."""
+    from pebble import ProcessExpired, ProcessPool
+
+    context = get_context("forkserver")
+    memory = limits.memory_mib * 2**20
+    with ProcessPool(limits.workers, context=context, initializer=_confine, initargs=(memory,)) as pool:
+        futures = [pool.schedule(check, args=(one, size, limits), timeout=limits.seconds) for one in found]
+        try:
+            for one, future in zip(found, futures, strict=True):
+                try:
+                    yield future.result()
+                except Late:
+                    yield Rejected("timeout", f"{one.name}: took more than seconds {limits.seconds:g}; save it again, smaller")
+                except (ProcessExpired, MemoryError):
+                    yield Rejected("crash", f"{one.name}: ended the process that read it; save it again")
+        except GeneratorExit:
+            pool.stop()
+            raise
+
+
+def _confine(memory: int) -> None:
+    """No more than `memory` bytes on top of what the process has."""
+    with open("/proc/self/statm") as file:
+        now = int(file.read().split()[0]) * resource.getpagesize()
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (now + memory, hard))

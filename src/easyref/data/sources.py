@@ -1,0 +1,197 @@
+"""Where images come from: a folder, tar shards, a table, the upstream JSON. Each gives `Found` records in a fixed order.
+
+A record says where the bytes are, not what they are: workers read them (`check`). What must not be read is a record too, with a reason,
+so that every image of the source ends as a row of images.parquet or of rejects.parquet.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import polars as pl
+
+from easyref.images import ImageError, Reason
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+MAX_SIDECAR = 2**20  # bytes of a caption or JSON beside an image
+#: Columns of a table by what we call them; the first that is there counts.
+COLUMNS = {
+    "path": ("path", "file_name", "image_file", "image_path"),
+    "caption": ("caption", "text"),
+    "group": ("group",),
+    "licence": ("licence", "license"),
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """One image of a source. `offset`, `size`: its bytes inside `file`; None: all of it. `refused`: it is not to be read."""
+
+    name: str
+    file: str
+    offset: int | None = None
+    size: int | None = None
+    caption: str = ""
+    group: str = ""
+    licence: str = ""
+    refused: tuple[Reason, str] | None = None
+
+    def read(self, max_bytes: int) -> bytes:
+        """Its bytes.
+
+        Raises:
+            ImageError: refused, missing, or more than `max_bytes`.
+        """
+        if self.refused:
+            raise ImageError(f"{self.name}: {self.refused[1]}", self.refused[0])
+        path = Path(self.file)
+        if not path.is_file():
+            raise ImageError(f"{self.name}: no such file; check the path", "missing")
+        size = path.stat().st_size if self.size is None else self.size
+        if size > max_bytes:
+            raise ImageError(f"{self.name}: {size} bytes is over the cap of {max_bytes}; save it smaller", "bytes")
+        with open(path, "rb") as file:
+            file.seek(self.offset or 0)
+            return file.read(size)
+
+
+def from_folder(folder: Path) -> Iterator[Found]:
+    """Every image file below `folder`. `name.txt` beside an image is its caption (else its name), the folder it is in its group."""
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() not in SUFFIXES or (path.is_dir() and not path.is_symlink()):
+            continue
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            yield Found(name, str(path), refused=("member", "a link that leaves the folder; copy the file"))
+            continue
+        text = path.with_suffix(".txt")
+        caption, refused = _sidecar(text.read_bytes()) if text.is_file() and text.stat().st_size <= MAX_SIDECAR else (path.stem, None)
+        parent = path.parent.relative_to(folder).as_posix()
+        yield Found(name, str(path), caption=caption, group="" if parent == "." else parent, refused=refused)
+
+
+def from_tars(place: Path) -> Iterator[Found]:
+    """Images of a tar file, or of all of a folder, as webdataset and img2dataset write them: members `key.jpg`, `key.txt`,
+    `key.json` (caption, group, license). Nothing is unpacked, and nothing but images, text and JSON is read."""
+    for path in sorted(place.glob("*.tar")) if place.is_dir() else [place]:
+        try:
+            with tarfile.open(path, "r:") as tar:
+                yield from _members(path, tar)
+        except (tarfile.TarError, OSError, ValueError) as error:
+            yield Found(path.name, str(path), refused=("tar", f"not a plain tar file ({error}); unpack or pack it again"))
+
+
+def _members(path: Path, tar: tarfile.TarFile) -> Iterator[Found]:
+    beside: dict[str, dict[str, Any]] = {}
+    images: list[tuple[str, tarfile.TarInfo]] = []
+    for member in tar:
+        name = f"{path.name}/{member.name}"
+        inside = PurePosixPath(member.name)
+        if inside.is_absolute() or ".." in inside.parts:
+            yield Found(name, str(path), refused=("member", "a name that leaves the archive"))
+        elif member.isdir():
+            continue
+        elif not member.isreg() or member.issparse():
+            yield Found(name, str(path), refused=("member", "a link, device or sparse file"))
+        else:
+            key = str(inside.with_name(inside.name.split(".")[0]))  # webdataset: up to the first dot
+            suffix = inside.suffix.lower()
+            if suffix in SUFFIXES:
+                images.append((key, member))
+            elif suffix in (".txt", ".json") and member.size <= MAX_SIDECAR:
+                file = tar.extractfile(member)
+                assert file is not None
+                caption, refused = _sidecar(file.read(), suffix)
+                values = caption if isinstance(caption, dict) else {"caption": caption}
+                beside.setdefault(key, {}).update({k: v for k, v in values.items() if v} | ({"refused": refused} if refused else {}))
+    for key, member in images:
+        values = beside.get(key, {})
+        yield Found(
+            f"{path.name}/{member.name}", str(path), member.offset_data, member.size, str(values.get("caption", Path(key).name)),
+            str(values.get("group", "")), str(values.get("licence") or values.get("license") or ""), values.get("refused"),
+        )  # fmt: skip
+    with open(path, "rb") as file:  # tarfile takes a broken header for the end of the archive
+        file.seek(tar.offset)
+        if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+            yield Found(path.name, str(path), refused=("tar", f"damaged at byte {tar.offset}; what follows cannot be read"))
+
+
+def _sidecar(data: bytes, suffix: str = ".txt") -> tuple[Any, tuple[Reason, str] | None]:
+    """Caption, or fields of a JSON, from the bytes of the file beside an image."""
+    try:
+        text = data.decode()
+        values = json.loads(text) if suffix == ".json" else text.strip()
+        if suffix == ".json" and not isinstance(values, dict):
+            raise ValueError("not an object")
+        return values, None
+    except ValueError as error:
+        return "", ("record", f"the {suffix} file beside it cannot be read ({error})")
+
+
+def from_table(path: Path) -> Iterator[Found]:
+    """Rows of a parquet, JSONL or CSV file: `path` (or file_name), and if they are there `caption` (or text), `group`, `licence`.
+    Paths are relative to the table.
+
+    Raises:
+        ValueError: not a table, or no column of paths.
+    """
+    readers: dict[str, Callable[..., pl.DataFrame]] = {
+        ".parquet": pl.read_parquet, ".jsonl": pl.read_ndjson, ".ndjson": pl.read_ndjson, ".csv": pl.read_csv,
+    }  # fmt: skip
+    if path.suffix not in readers:
+        raise ValueError(f"{path}: not a table; give a .parquet, .jsonl or .csv file")
+    try:
+        table = readers[path.suffix](path)
+    except Exception as error:  # polars raises many types
+        raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]}); write it again") from error
+    chosen = {ours: next((c for c in theirs if c in table.columns), None) for ours, theirs in COLUMNS.items()}
+    if chosen["path"] is None:
+        raise ValueError(f"{path}: no column {' or '.join(COLUMNS['path'])}; it has {', '.join(table.columns)}")
+    columns = {ours: theirs for ours, theirs in chosen.items() if theirs}
+    for number, row in enumerate(table.select(list(columns.values())).iter_rows(named=True)):
+        values = {ours: row[theirs] for ours, theirs in columns.items()}
+        given = values.pop("path")
+        if not isinstance(given, str) or not given:
+            yield Found(f"{path.name}#{number}", str(path), refused=("record", "no path in this row"))
+        else:
+            caption, group, licence = (str(values.get(name) or "") for name in ("caption", "group", "licence"))
+            yield Found(given, str(path.parent / given), caption=caption, group=group, licence=licence)
+
+
+def from_upstream(path: Path) -> Iterator[Found]:
+    """Images of the JSON that the published training code reads: a list of `{target, image_file, text}`, paths relative to the file.
+    All images of an entry are of one group, and entries that share an image too; `text` is the caption of the target.
+
+    Raises:
+        ValueError: not such a JSON.
+    """
+    try:
+        entries = json.loads(path.read_text())
+        sets = [[entry["target"], *_listed(entry.get("image_file", []))] for entry in entries]
+        texts = {entry["target"]: (_listed(entry["text"]) or [""])[0] for entry in entries}
+        assert all(isinstance(name, str) and name for names in sets for name in names)
+    except (ValueError, KeyError, TypeError, AssertionError, AttributeError) as error:
+        raise ValueError(f"{path}: not a list of target, image_file and text ({type(error).__name__}: {error})") from error
+    parent: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while parent.setdefault(name, name) != name:
+            name = parent[name]
+        return name
+
+    for first, *others in sets:
+        root(first)
+        for other in others:
+            a, b = sorted((root(first), root(other)))
+            parent[b] = a
+    for name in sorted(parent):
+        yield Found(name, str(path.parent / name), caption=texts.get(name, ""), group=root(name))
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]

@@ -1,0 +1,371 @@
+"""A heap of images with every fault we know: each is rejected or repaired as documented, nothing of the rest is lost."""
+
+import io
+import json
+import signal
+import struct
+import tarfile
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from PIL import Image, ImageCms, PngImagePlugin
+
+from easyref.config import Ingest, Params, load_params
+from easyref.data import check, ingest
+from easyref.data.dataset import TrainingImages
+from easyref.data.group import group_images
+from easyref.data.shards import ImageStore
+from easyref.data.split import split_images
+from easyref.data.upstream import write_upstream
+from easyref.images import Reason
+from easyref.records import read_table, write_table
+from tests import processes
+
+SIZE = 32
+
+
+def settings(source: str, path: Path | None, **limits: Any) -> Params:
+    values = load_params(Path("params.yaml"))
+    small = {"max_pixels": 4_000_000, "max_side": 5000, "max_bytes": 2**20, "max_frames": 20, "max_metadata": 4096, "seconds": 30.0}
+    given = values.ingest.limits.model_copy(update={**small, "min_side": 24, **limits})
+    heap = Ingest(source=source, path=str(path), size=SIZE, palette=64, shard_images=40, limits=given)  # type: ignore[arg-type]
+    return values.model_copy(update={"ingest": heap})
+
+
+def picture(seed: int, width: int = 40, height: int = 48, mode: str = "RGB") -> Image.Image:
+    """Smooth noise: no two look alike."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), np.uint8)
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that says it is so large, with hardly any data."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+
+
+def with_text(amount: int) -> bytes:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("comment", "x" * amount, zip=True)
+    return encoded(picture(902), pnginfo=info)
+
+
+def exif(orientation: int) -> Image.Exif:
+    values = Image.Exif()
+    values[0x0112] = orientation
+    return values
+
+
+def swapped_profile() -> bytes:
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+
+
+GOOD = encoded(picture(900))
+JPEG = encoded(picture(901), "JPEG", quality=90)
+FRAMES = [picture(910 + i) for i in range(30)]
+#: name → bytes, and the reason it must be rejected for (None: it must be kept).
+FAULTS: dict[str, tuple[bytes, Reason | None]] = {
+    "zero.png": (b"", "empty"),
+    "text.png": (b"this is no image", "format"),
+    "html.jpg": (b"<html><body>404</body></html>", "format"),
+    "truncated.png": (GOOD[: len(GOOD) * 2 // 3], "broken"),
+    "truncated.jpg": (JPEG[: len(JPEG) // 2], "broken"),
+    "header_only.png": (GOOD[:8], "format"),
+    "corrupt_data.png": (GOOD[:60] + bytes(40) + GOOD[100:], "broken"),
+    "bad_checksum.png": (GOOD[:29] + b"\0\0\0\0" + GOOD[33:], "format"),
+    "bomb.png": (png_header(50_000, 50_000), "pixels"),
+    "wide.png": (png_header(60_000, 10), "pixels"),
+    "lying_size.png": (png_header(1000, 1000), "broken"),
+    "many_bytes.bmp": (encoded(picture(903, 800, 800), "BMP"), "bytes"),
+    "tiny.png": (encoded(picture(904, 10, 10)), "small"),
+    "long.png": (encoded(picture(905, 300, 30)), "aspect"),
+    "many_frames.gif": (encoded(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]), "frames"),
+    "metadata.png": (with_text(20_000), "metadata"),
+    "text_bomb.png": (with_text(80 * 2**20), "metadata"),
+    "svg.png": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "format"),
+    "pickle.png": (b"\x80\x04\x95\x0b\x00\x00\x00\x00\x00\x00\x00\x8c\x07builtin\x94.", "format"),
+    "zero_size.png": (png_header(0, 0), "format"),
+    "same_bytes.png": (encoded(picture(0)), "duplicate"),
+    "saved_again.jpg": (encoded(picture(1), "JPEG", quality=97), "near_duplicate"),
+    "wrong_suffix.png": (encoded(picture(920), "JPEG"), None),
+    "cmyk.jpg": (encoded(picture(921, mode="CMYK"), "JPEG"), None),
+    "16_bit.png": (encoded(Image.fromarray(np.asarray(picture(922, mode="L"), np.uint16) * 257)), None),
+    "palette_alpha.png": (encoded(picture(923).quantize(16), transparency=0), None),
+    "alpha.png": (encoded(picture(924, mode="RGBA")), None),
+    "gray.png": (encoded(picture(925, mode="L")), None),
+    "bilevel.png": (encoded(picture(926, mode="1")), None),
+    "animated.gif": (encoded(FRAMES[1], "GIF", save_all=True, append_images=FRAMES[2:5]), None),
+    "turned.jpg": (encoded(picture(927, 60, 40), "JPEG", exif=exif(6), quality=95), None),
+    "corrupt_profile.png": (encoded(picture(928), icc_profile=b"no profile at all"), None),
+    "foreign_profile.png": (encoded(picture(929), icc_profile=swapped_profile()), None),
+    "animated.webp": (encoded(picture(930), "WEBP", save_all=True, append_images=[picture(931)]), None),
+    "trailing.jpg": (encoded(picture(932), "JPEG") + b"rubbish" * 100, None),
+}
+
+
+@pytest.fixture(scope="module")
+def heap(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The faults in 20 times as many good images, sorted among them."""
+    folder = tmp_path_factory.mktemp("heap")
+    for number in range(20 * len(FAULTS)):
+        (folder / f"{number:04d}.png").write_bytes(encoded(picture(number)))
+    for number, (name, (data, _)) in enumerate(FAULTS.items()):
+        (folder / f"{(number * 19 + 7):04d}_{name}").write_bytes(data)
+    return folder
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_fault_has_its_reason_and_nothing_else_is_lost(heap: Path, tmp_path: Path, workers: int) -> None:
+    assert len(FAULTS) >= 25
+    counts = ingest.ingest(settings("folder", heap, workers=workers), tmp_path / "images", tmp_path / "work")
+    table, rejects = (read_table(tmp_path / "images" / f"{name}.parquet") for name in ("images", "rejects"))
+    wanted = {name: reason for name, (_, reason) in FAULTS.items() if reason}
+    found = {name.split("_", 1)[1]: reason for name, reason, _ in rejects.iter_rows()}
+    assert found == wanted
+    kept = {source.split("_", 1)[1] for source in table["source"] if "_" in source}
+    assert kept == set(FAULTS) - set(wanted)
+    assert counts["images"] == len(table) == 20 * len(FAULTS) + len(kept)
+    assert all("\n" not in detail and name in detail for name, _, detail in rejects.iter_rows())
+    assert not (tmp_path / "work").exists()
+    store = ImageStore(tmp_path / "images")
+    for row in table.iter_rows(named=True):
+        assert min(row["width"], row["height"]) == SIZE
+        assert store.image(row["sha256"]).size == (row["width"], row["height"])
+    shapes = {
+        row["source"].split("_", 1)[1]: (row["width"], row["height"]) for row in table.iter_rows(named=True) if "_" in row["source"]
+    }
+    assert shapes["turned.jpg"] == (SIZE, SIZE * 3 // 2)  # 60×40, turned by its EXIF
+
+
+def test_repairs_keep_what_the_picture_shows(tmp_path: Path) -> None:
+    """Against the picture before it was encoded, to what the encoding loses."""
+    folder = tmp_path / "heap"
+    folder.mkdir()
+    seeds = {"cmyk.jpg": 921, "gray.png": 925, "wrong_suffix.png": 920, "corrupt_profile.png": 928, "foreign_profile.png": 929}
+    for name in seeds:
+        (folder / name).write_bytes(FAULTS[name][0])
+    ingest.ingest(settings("folder", folder), tmp_path / "images", tmp_path / "work")
+    store = ImageStore(tmp_path / "images")
+    for row in store.rows.values():
+        expected = picture(seeds[row["source"]], mode="L" if "gray" in row["source"] else "RGB").convert("RGB")
+        expected = expected.resize((row["width"], row["height"]), Image.Resampling.LANCZOS)
+        error = np.abs(np.asarray(store.image(row["sha256"]), int) - np.asarray(expected, int)).mean()
+        assert error < 12, row["source"]
+
+
+def test_a_good_image_of_the_right_size_is_stored_as_it_came(tmp_path: Path) -> None:
+    data = {
+        "a.jpg": encoded(picture(1, SIZE, 48), "JPEG"),
+        "b.png": encoded(picture(2, SIZE, SIZE)),
+        "c.webp": encoded(picture(3, 64, SIZE), "WEBP"),
+    }
+    for name, content in data.items():
+        (tmp_path / name).write_bytes(content)
+    ingest.ingest(settings("folder", tmp_path), tmp_path / "out" / "images", tmp_path / "work")
+    store = ImageStore(tmp_path / "out" / "images")
+    assert {row["source"]: store.bytes(sha256) for sha256, row in store.rows.items()} == data
+    with tarfile.open(next((tmp_path / "out" / "images").glob("*.tar"))) as tar:
+        assert sorted(Path(name).suffix for name in tar.getnames()) == [".jpg", ".png", ".webp"]
+
+
+def slow(*_: Any) -> Any:
+    time.sleep(60)
+
+
+def greedy(*_: Any) -> Any:
+    return len(bytes(64 * 2**30))
+
+
+def dying(*_: Any) -> Any:
+    signal.raise_signal(signal.SIGSEGV)
+
+
+@pytest.mark.parametrize(("fault", "reason"), [(slow, "timeout"), (greedy, "crash"), (dying, "crash")])
+def test_an_image_that_stalls_or_kills_its_worker_is_one_reject(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[..., Any], reason: str
+) -> None:
+    """In real worker processes."""
+    for number in range(6):
+        (tmp_path / f"{number}.png").write_bytes(encoded(picture(number)))
+        (tmp_path / f"{number}.txt").write_text(fault.__name__ if number == 2 else "fine")
+    found = list(ingest.from_folder(tmp_path))
+    monkeypatch.setattr(check, "check", check_with_fault)
+    results = list(check.check_all(found, SIZE, settings("folder", tmp_path, seconds=3.0).ingest.limits))
+    assert [r.reason if isinstance(r, check.Rejected) else "" for r in results] == ["", "", reason, "", "", ""]
+
+
+def check_with_fault(found: Any, size: int, limits: Any) -> Any:
+    if found.caption != "fine":
+        globals()[found.caption]()
+    return CHECK(found, size, limits)
+
+
+CHECK = check.check
+
+
+def test_too_many_rejects_stop_the_stage_and_lose_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "heap"
+    folder.mkdir()
+    for number in range(100):
+        (folder / f"{number:03d}.png").write_bytes(encoded(picture(number)) if number % 2 else b"no image")
+    out, work = tmp_path / "images", tmp_path / "work"
+    with pytest.raises(ValueError, match=r"50 of 100 images are not usable \(50 format\); see .*rejects.parquet, or raise") as error:
+        ingest.ingest(settings("folder", folder), out, work)
+    assert "\n" not in str(error.value) and not out.exists() and len(read_table(work / "rejects.parquet")) == 50
+    times = {path: path.stat().st_mtime_ns for path in work.glob("[0-9]*/*")}
+    parts = list(work.glob("[0-9]*/key.json"))
+    assert len(parts) == 3
+    inodes = [path.stat().st_ino for path in parts]
+    with pytest.raises(ValueError, match="not usable"):
+        ingest.ingest(settings("folder", folder, max_reject_share=0.4), out, work)
+    assert [path.stat().st_ino for path in parts] == inodes and times == {
+        path: path.stat().st_mtime_ns for path in work.glob("[0-9]*/*")
+    }
+    assert ingest.ingest(settings("folder", folder, max_reject_share=0.6), out, work)["images"] == 50
+
+
+def run_ingest(heap: Path, out: Path, work: Path) -> None:
+    ingest.ingest(settings("folder", heap), out, work)
+
+
+def test_killed_and_started_again_gives_the_same_tables(heap: Path, tmp_path: Path) -> None:
+    """kill -9 after one, two … shards; a finished shard is not made again."""
+    whole = tmp_path / "whole"
+    run_ingest(heap, whole, tmp_path / "w")
+    out, work = tmp_path / "out", tmp_path / "work"
+    made: dict[Path, int] = {}
+    for shards in (1, 4, 9):
+        process = processes.start(run_ingest, heap, out, work)
+        end = time.monotonic() + 120
+        while len(list(work.glob("[0-9]*/key.json"))) < shards and time.monotonic() < end:
+            time.sleep(0.01)
+        process.kill()
+        assert processes.exit_code(process) == -signal.SIGKILL
+        now = {path: path.stat().st_ino for path in work.glob("[0-9]*/key.json")}
+        assert made.items() <= now.items()
+        made = now
+    run_ingest(heap, out, work)
+    for name in ("images.parquet", "rejects.parquet"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    assert {p.name: p.read_bytes() for p in out.glob("*.tar")} == {p.name: p.read_bytes() for p in whole.glob("*.tar")}
+
+
+# -- sources -----------------------------------------------------------------------------------------------------------
+
+
+def pack(path: Path, members: list[tuple[str | tarfile.TarInfo, bytes]]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for member, data in members:
+            info = tarfile.TarInfo(member) if isinstance(member, str) else member
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def link(name: str, kind: bytes, target: str) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+def test_tars_give_captions_and_refuse_what_leaves_them(tmp_path: Path) -> None:
+    folder = tmp_path / "tars"
+    folder.mkdir()
+    pack(folder / "00000.tar", [
+        ("000.jpg", JPEG), ("000.txt", b"a red thing"), ("000.json", json.dumps({"caption": "not this", "license": "CC0"}).encode()),
+        ("dog/1.png", encoded(picture(1))), ("dog/1.json", json.dumps({"caption": "a dog", "group": "dogs"}).encode()),
+        ("../evil.png", GOOD), ("/etc/evil.png", GOOD), ("model.pkl", b"\x80\x04."), ("x.npy", b"\x93NUMPY"),
+        (link("soft.png", tarfile.SYMTYPE, "/etc/passwd"), b""), (link("hard.png", tarfile.LNKTYPE, "000.jpg"), b""),
+        ("bad.png", encoded(picture(5))), ("bad.json", b"{not json"),
+    ])  # fmt: skip
+    pack(folder / "00001.tar", [(f"{i}.png", encoded(picture(50 + i))) for i in range(6)])
+    data = bytearray((folder / "00001.tar").read_bytes())
+    with tarfile.open(folder / "00001.tar") as tar:
+        fourth = tar.getmembers()[3].offset
+    data[fourth : fourth + 100] = b"\xff" * 100  # the header of the fourth member
+    (folder / "00001.tar").write_bytes(data)
+    (folder / "00002.tar").write_bytes(b"no tar at all" * 100)
+    (folder / "00003.tar").write_bytes(zlib.compress(b"x" * 1000))
+    ingest.ingest(settings("tar", folder, max_reject_share=0.9), tmp_path / "images", tmp_path / "work")
+    table, rejects = (read_table(tmp_path / "images" / f"{name}.parquet") for name in ("images", "rejects"))
+    rows = {row["source"]: row for row in table.iter_rows(named=True)}
+    assert set(rows) == {"00000.tar/000.jpg", "00000.tar/dog/1.png", "00001.tar/0.png", "00001.tar/1.png", "00001.tar/2.png"}
+    assert (rows["00000.tar/000.jpg"]["licence"], rows["00000.tar/dog/1.png"]["caption"]) == ("CC0", "a dog")
+    assert rows["00000.tar/dog/1.png"]["concept"] == "dogs"
+    assert dict(rejects.select("name", "reason").iter_rows()) == {
+        "00000.tar/../evil.png": "member", "00000.tar//etc/evil.png": "member", "00000.tar/soft.png": "member",
+        "00000.tar/hard.png": "member", "00000.tar/bad.png": "record", "00001.tar": "tar", "00002.tar": "tar", "00003.tar": "tar",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "csv"])
+def test_tables_of_paths_and_captions(tmp_path: Path, suffix: str) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(encoded(picture(number)))
+    rows = pl.DataFrame(
+        {"file_name": ["0.png", "1.png", "2.png", "gone.png", None], "text": ["a", "b", None, "d", "e"], "group": ["g"] * 5}
+    )
+    table = tmp_path / f"table.{suffix}"
+    {"parquet": rows.write_parquet, "jsonl": rows.write_ndjson, "csv": rows.write_csv}[suffix](table)
+    ingest.ingest(settings("table", table, max_reject_share=0.9), tmp_path / "out" / "images", tmp_path / "work")
+    made = read_table(tmp_path / "out" / "images" / "images.parquet")
+    assert made.select("source", "caption", "concept").rows() == [("0.png", "a", "g"), ("1.png", "b", "g"), ("2.png", "g", "g")]
+    rejects = read_table(tmp_path / "out" / "images" / "rejects.parquet")
+    assert rejects["reason"].to_list() == ["missing", "record"]
+    rows.rename({"file_name": "url"}).write_parquet(tmp_path / "other.parquet")
+    with pytest.raises(ValueError, match=r"no column path or file_name.*it has url, text, group"):
+        ingest.ingest(settings("table", tmp_path / "other.parquet"), tmp_path / "x", tmp_path / "work")
+
+
+@pytest.mark.parametrize(
+    ("text", "what"), [("{}", ""), ('[{"target": "a.png"}]', "KeyError"), ("[1]", "TypeError"), ("[", "JSONDecode")]
+)
+def test_what_is_no_upstream_json_is_said(tmp_path: Path, text: str, what: str) -> None:
+    (tmp_path / "data.json").write_text(text)
+    with pytest.raises(ValueError, match=f"not a list of target, image_file and text.*{what}|not usable"):
+        ingest.ingest(settings("upstream", tmp_path / "data.json"), tmp_path / "images", tmp_path / "work")
+
+
+def test_given_groups_become_training_data(tmp_path: Path) -> None:
+    """The upstream JSON → images, groups, split: what a training reads, squares of one size."""
+    entries = []
+    for group in range(12):
+        names = [f"{group}/{i}.png" for i in range(5)]
+        (tmp_path / str(group)).mkdir()
+        for i, name in enumerate(names):
+            (tmp_path / name).write_bytes(encoded(picture(100 * group + i, 40 + i, 50 - i)))
+        entries += [{"target": t, "image_file": [n for n in names if n != t], "text": [f"thing {group}"]} for t in names[:3]]
+    (tmp_path / "data.json").write_text(json.dumps(entries))
+    params = settings("upstream", tmp_path / "data.json")
+    data = tmp_path / "data"
+    ingest.ingest(params, data / "images", tmp_path / "work")
+    store = ImageStore(data / "images")
+    groups = group_images(store.table, params.group.model_copy(update={"kinds": ["given"]}))
+    assert len(groups) == 12 and all(len(members) == 5 for members in groups["members"])
+    for name, part in split_images(store, groups, params.split.model_copy(update={"held_out_share": 0.25}), 0).items():
+        write_table(data / "split" / f"{name}.parquet", part)
+    images = TrainingImages(data)
+    assert images.pixels.shape[1:] == (SIZE, SIZE, 3) and images.groups and {kind for kind, _ in images.groups} == {"given"}
+    samples = read_table(data / "split" / "samples.parquet")
+    assert set(samples["kind"]) == {"given"} and all(p.startswith("thing") for p in samples["prompt"] if not p[:1].isdigit())
+
+    assert write_upstream(data, tmp_path / "back") == sum(len(g) for _, g in images.groups)
+    again = ingest.ingest(settings("upstream", tmp_path / "back" / "data.json"), tmp_path / "again" / "images", tmp_path / "work")
+    assert again["images"] == len({i for _, members in images.groups for i in members})
+    same = group_images(ImageStore(tmp_path / "again" / "images").table, params.group.model_copy(update={"kinds": ["given"]}))
+    assert sorted(map(sorted, same["members"])) == sorted(sorted(images.sha256s[i] for i in members) for _, members in images.groups)
