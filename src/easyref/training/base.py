@@ -272,8 +272,8 @@ def train_text_to_image(params: Params, images: TrainingImages, vae_folder: Path
     return done
 
 
-def draw_text_grid(params: Params, images: TrainingImages, diffusion: Path, count: int = 36, steps: int = 20) -> bytes:
-    """PNG of what the base draws from the captions of `count` training images drawn by seed, beside those images."""
+def draw_text_grid(params: Params, images: TrainingImages, diffusion: Path, count: int = 36, steps: int = 30) -> bytes:
+    """PNG of what the base draws from the whole captions of `count` training images drawn by seed, beside those images."""
     from diffusers import StableDiffusionXLPipeline
     from PIL import Image
 
@@ -283,10 +283,10 @@ def draw_text_grid(params: Params, images: TrainingImages, diffusion: Path, coun
     pipe: Any = StableDiffusionXLPipeline.from_pretrained(diffusion, torch_dtype=torch.float32, add_watermarker=False)
     pipe.set_progress_bar_config(disable=True)
     items = [Order(images.weights, params.seed, "text grid")[n] for n in range(count)]
-    prompts = [caption(images.labels[i]) for i in items]
+    prompts = [caption(images.labels[i], hide=()) for i in items]
     noise = [torch_rng(params.seed, "text grid", n) for n in range(count)]
     size = params.ingest.size
-    drawn = pipe(prompts, height=size, width=size, num_inference_steps=steps, guidance_scale=3.0, generator=noise).images
+    drawn = pipe(prompts, height=size, width=size, num_inference_steps=steps, guidance_scale=5.0, generator=noise).images
     return to_png(text_grid([(p, Image.fromarray(images.pixels[i]), d) for p, i, d in zip(prompts, items, drawn, strict=True)]))
 
 
