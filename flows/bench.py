@@ -22,7 +22,7 @@ from easyref.progress import track
 from easyref.records import write_json
 from flows import PROJECT
 
-SHORT, LONG, TIMES = 2, 8, 3
+SHORT, LONG, TIMES = 2, 6, 2
 
 
 def make(folder: Path, stages: int) -> None:

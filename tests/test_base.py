@@ -16,7 +16,16 @@ from easyref.training import base
 from easyref.training.trainer import Task
 from tests.projects import small_data
 
-SHORT = {"images": 8, "batch": 4, "microbatch": 4, "save_images": 4, "warmup_images": 0, "cooldown_images": 0, "ema_images": 0}
+SHORT: dict = {
+    "images": 8,
+    "batch": 4,
+    "microbatch": 4,
+    "save_images": 4,
+    "warmup_images": 0,
+    "cooldown_images": 0,
+    "ema_images": 0,
+    "restart": None,
+}
 
 
 def small(**text_to_image: float) -> Params:

@@ -90,6 +90,8 @@ def test_command(command: str, place: Path) -> None:
             assert shown.exit_code == 0 and f"{verb} [OPTIONS]" in shown.output
     elif any(word.startswith("models:/") for word in words) or words[1] in ("release", "pull", "promote", "rollback", "trace"):
         assert words[1] in VERBS  # by tests/flows/test_services.py
+    elif words[1] == "upstream":
+        assert "write_upstream(" in (ROOT / "tests" / "data" / "test_ingest.py").read_text()
     elif "--ref" in words:
         generate(words, place)
     elif words[1:] == ["generate"]:
@@ -99,6 +101,7 @@ def test_command(command: str, place: Path) -> None:
         assert (place / "params.yaml").read_bytes() == (ROOT / "presets" / "sdxl.yaml").read_bytes()
         run([*words, "nano"], place)
     else:
+        assert words[0] == "easyref" or words[:3] == ["dvc", "plots", "show"], "would run stages on the project's own models"
         assert run(words, place)
 
 

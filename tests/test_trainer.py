@@ -121,3 +121,13 @@ def test_order_visits_in_proportion_and_depends_only_on_its_key() -> None:
     again = Order(weights, 0, "x")
     assert [again[n] for n in (7777, 3, 9999)] == [drawn[n] for n in (7777, 3, 9999)]
     assert [Order(weights, 1, "x")[n] for n in range(100)] != drawn[:100]
+
+
+def test_the_rate_falls_to_zero_and_rises_again_at_a_restart() -> None:
+    round_1 = {**PARAMS, "images": 400, "warmup_images": 40, "cooldown_images": 100, "learning_rate": 1.0e-2}
+    p = Optimisation(**round_1, restart={"at": 200, "learning_rate": 5.0e-3, "cooldown_images": 80})  # type: ignore[arg-type]
+    points = {100: 1e-2, 150: 5e-3, 199: 1e-4, 360: 2.5e-3, 300: 5e-3, 400: 0.0}
+    assert {seen: learning_rate(seen, p) for seen in points} == pytest.approx(points)
+    assert learning_rate(200, p) == pytest.approx(5e-3 * p.batch / 40)
+    with pytest.raises(ValueError, match="restart.at"):
+        Optimisation(**round_1, restart={"at": 350, "learning_rate": 5.0e-3, "cooldown_images": 80})  # type: ignore[arg-type]

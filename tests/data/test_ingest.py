@@ -245,12 +245,12 @@ def run_ingest(heap: Path, out: Path, work: Path) -> None:
 
 
 def test_killed_and_started_again_gives_the_same_tables(heap: Path, tmp_path: Path) -> None:
-    """kill -9 after one, two … shards; a finished shard is not made again."""
+    """kill -9 after some shards, twice; a finished shard is not made again."""
     whole = tmp_path / "whole"
     run_ingest(heap, whole, tmp_path / "w")
     out, work = tmp_path / "out", tmp_path / "work"
     made: dict[Path, int] = {}
-    for shards in (1, 4, 9):
+    for shards in (2, 9):
         process = processes.start(run_ingest, heap, out, work)
         end = time.monotonic() + 120
         while len(list(work.glob("[0-9]*/key.json"))) < shards and time.monotonic() < end:
