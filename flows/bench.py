@@ -46,22 +46,22 @@ def seconds(how: str, stages: int) -> float:
         return time.monotonic() - begin
 
 
-def main() -> None:
+def main(out: Path = PROJECT / "benchmarks" / "flow.json") -> None:
     cases = [(how, stages) for stages in (SHORT, LONG) for how in ("dvc", "flow")]
     took: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
     for case in track(cases * TIMES, "bench: flow", len(cases) * TIMES, "runs"):
         took[case].append(seconds(*case))
-    best = {case: statistics.median(values) for case, values in took.items()}
-    stage = {how: (best[how, LONG] - best[how, SHORT]) / (LONG - SHORT) for how in ("dvc", "flow")}
+    middle = {case: statistics.median(values) for case, values in took.items()}
+    stage = {how: (middle[how, LONG] - middle[how, SHORT]) / (LONG - SHORT) for how in ("dvc", "flow")}
     result = {
         "seconds_per_stage": {**stage, "overhead": stage["flow"] - stage["dvc"]},
-        "seconds_to_start": {how: best[how, SHORT] - SHORT * stage[how] for how in ("dvc", "flow")},
+        "seconds_to_start": {how: middle[how, SHORT] - SHORT * stage[how] for how in ("dvc", "flow")},
         "runs": [{"how": how, "stages": stages, "seconds": values} for (how, stages), values in took.items()],
         "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {name: version(name) for name in ("prefect", "dvc")},
     }
-    write_json(PROJECT / "benchmarks" / "flow.json", result)
-    print(f"a stage costs {stage['dvc']:.2f} s under dvc repro, {stage['flow']:.2f} s in the flow; see benchmarks/flow.json")
+    write_json(out, result)
+    print(f"a stage costs {stage['dvc']:.2f} s under dvc repro, {stage['flow']:.2f} s in the flow; see {out}")
 
 
 if __name__ == "__main__":

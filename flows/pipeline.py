@@ -59,12 +59,12 @@ def easyref(
     stages: list[str] | None = None, release: bool = True, preset: str | None = None, project: str | None = None,
     timeout_s: float | None = None,
 ) -> dict[str, str]:  # fmt: skip
-    """Run `stages` of dvc.yaml (None: all), then register the model and compare it with the champion.
+    """Run `stages` of dvc.yaml (None: all), then register the model with its ONNX graphs and compare it with the champion.
 
     Args:
         preset: put presets/PRESET.yaml in force first. None: params.yaml as it is.
         project: the project folder. None: the one this file is in.
-        timeout_s: of each stage; it is stopped then, and its state kept.
+        timeout_s: of each stage, and of the export; it is stopped then, and its state kept.
     """
     logger, place = get_run_logger(), Path(project) if project else PROJECT
     if preset:

@@ -37,21 +37,18 @@ def environment(project: Path) -> dict[str, str]:
         "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{project}/mlflow.db",
         "PREFECT_API_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{project}/.prefect/prefect.db",
     }
-    return (
-        stores
-        | os.environ
-        | {
-            "EASYREF_PROJECT": str(project),
-            "MLFLOW_DISABLE_TELEMETRY": "true",
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-            "MLFLOW_TRACKING_URI": f"http://{HOST}:{MLFLOW_PORT}",
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-            "PREFECT_API_URL": f"http://{HOST}:{PREFECT_PORT}/api",
-            "PREFECT_WORKER_WEBSERVER_HOST": HOST,
-            "PREFECT_WORKER_WEBSERVER_PORT": str(WORKER_PORT),
-            "PYTHONPATH": str(project),
-        }
-    )
+    fixed = {
+        "EASYREF_PROJECT": str(project),
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_TRACKING_URI": f"http://{HOST}:{MLFLOW_PORT}",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "PREFECT_API_URL": f"http://{HOST}:{PREFECT_PORT}/api",
+        "PREFECT_WORKER_WEBSERVER_HOST": HOST,
+        "PREFECT_WORKER_WEBSERVER_PORT": str(WORKER_PORT),
+        "PYTHONPATH": str(project),
+    }
+    return stores | os.environ | fixed
 
 
 def up(project: Path) -> None:

@@ -1,6 +1,6 @@
 """Typed, complete parameters: one section per stage. The only reader of params.yaml and presets/*.yaml.
 
-No field has a default: a file is complete or it is an error that names the key, the value and the fix.
+No field but `restart` has a default: a file is complete or it is an error that names the key, the value and the fix.
 Work is counted in images, never in steps, so batch size and the number of processes change nothing else.
 """
 

@@ -109,10 +109,10 @@ def attach(project: Path, version: str, graphs: Path) -> None:
     found = _existing(client, version)
     digest = check_graphs(graphs)
     with pulled(version, [MANIFEST]) as folder:
-        bundled = {name: digest for name, digest in read_json(folder / MANIFEST).items() if name.startswith(("checkpoint/", "base/"))}
-    exported = read_json(graphs / MANIFEST)["inputs"]["files"]
-    ours = {name.split("/", 1)[1] if not name.startswith("base/") else name: d for name, d in exported.items()}
-    theirs = {name.removeprefix("checkpoint/"): d for name, d in bundled.items()}
+        bundled = read_json(folder / MANIFEST)
+    theirs = {name.removeprefix("checkpoint/"): h for name, h in bundled.items() if name.startswith(("checkpoint/", "base/"))}
+    exported = read_json(graphs / MANIFEST)["inputs"]["files"]  # CHECKPOINT/…, base/…
+    ours = {name if name.startswith("base/") else name.split("/", 1)[1]: h for name, h in exported.items()}
     if ours != theirs:
         raise ValueError(f"{graphs}: exported from another checkpoint than version {version}; run `python -m export` again")
     if found.tags.get(ONNX) != digest:

@@ -127,17 +127,12 @@ class StageRun:
         self.run_id = run_id
 
     def _send(self) -> None:
-        from mlflow.entities import Metric
-
         if self.run_id is None:
             self._start()
         self._watch_machine()
         for prefix, rows in self._rows():
             done = min(self.sent.get(prefix, 0), len(rows))  # a resumed training cut its log: the rows come again, with the same values
-            now = int(time.time() * 1000)
-            metrics = [Metric(prefix + k, v, now, row["seen"]) for row in rows[done:] for k, v in row.items() if k != "seen"]
-            for start in range(0, len(metrics), 1000):
-                self._client.log_batch(self.run_id, metrics=metrics[start : start + 1000])
+            self._log([(prefix + k, v, row["seen"]) for row in rows[done:] for k, v in row.items() if k != "seen"])
             self.sent[prefix] = len(rows)
 
     def _rows(self) -> Iterator[tuple[str, list[dict[str, Any]]]]:
@@ -162,17 +157,18 @@ class StageRun:
         watched = WATCHED[self.stage]
         if status == "FINISHED":
             if watched.figures:
-                self._send_figures(read_json(self.project / watched.figures))
+                self._log([(name, value, 0) for name, value in figures(read_json(self.project / watched.figures)).items()])
             for name in watched.files:
                 self._client.log_artifact(self.run_id, str(self.project / name))
         self._monitor.finish()
         self._client.set_terminated(self.run_id, status)
 
-    def _send_figures(self, result: dict[str, Any]) -> None:
+    def _log(self, values: list[tuple[str, float, int]]) -> None:
+        """Name, value and step of each; MLflow takes a thousand at once."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        metrics = [Metric(name, value, now, 0) for name, value in figures(result).items()]
+        metrics = [Metric(name, value, now, step) for name, value, step in values]
         for start in range(0, len(metrics), 1000):
             self._client.log_batch(self.run_id, metrics=metrics[start : start + 1000])
 

@@ -4,6 +4,8 @@ import io
 import json
 import signal
 import struct
+import subprocess
+import sys
 import tarfile
 import time
 import zlib
@@ -14,18 +16,19 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+import yaml
 from PIL import Image, ImageCms, PngImagePlugin
+from typer.testing import CliRunner
 
+from easyref.cli import app
 from easyref.config import Ingest, Params, load_params
 from easyref.data import check, ingest
 from easyref.data.dataset import TrainingImages
 from easyref.data.group import group_images
 from easyref.data.shards import ImageStore
 from easyref.data.split import split_images
-from easyref.data.upstream import write_upstream
 from easyref.images import Reason
 from easyref.records import read_table, write_table
-from tests import processes
 
 SIZE = 32
 
@@ -189,7 +192,7 @@ def slow(*_: Any) -> Any:
 
 
 def greedy(*_: Any) -> Any:
-    return len(bytes(64 * 2**30))
+    return len(bytes(6 * 2**30))
 
 
 def dying(*_: Any) -> Any:
@@ -206,7 +209,8 @@ def test_an_image_that_stalls_or_kills_its_worker_is_one_reject(
         (tmp_path / f"{number}.txt").write_text(fault.__name__ if number == 2 else "fine")
     found = list(ingest.from_folder(tmp_path))
     monkeypatch.setattr(check, "check", check_with_fault)
-    results = list(check.check_all(found, SIZE, settings("folder", tmp_path, seconds=3.0).ingest.limits))
+    with check.Checker(SIZE, settings("folder", tmp_path, seconds=5.0, memory_mib=4096).ingest.limits) as checker:
+        results = list(checker(found))
     assert [r.reason if isinstance(r, check.Rejected) else "" for r in results] == ["", "", reason, "", "", ""]
 
 
@@ -240,30 +244,31 @@ def test_too_many_rejects_stop_the_stage_and_lose_nothing(tmp_path: Path) -> Non
     assert ingest.ingest(settings("folder", folder, max_reject_share=0.6), out, work)["images"] == 50
 
 
-def run_ingest(heap: Path, out: Path, work: Path) -> None:
-    ingest.ingest(settings("folder", heap), out, work)
-
-
-def test_killed_and_started_again_gives_the_same_tables(heap: Path, tmp_path: Path) -> None:
-    """kill -9 after some shards, twice; a finished shard is not made again."""
-    whole = tmp_path / "whole"
-    run_ingest(heap, whole, tmp_path / "w")
-    out, work = tmp_path / "out", tmp_path / "work"
+def test_killed_and_started_again_gives_the_same_tables(tmp_path: Path) -> None:
+    """`easyref ingest`, kill -9 after some shards, twice; a finished shard is not made again."""
+    heap = tmp_path / "heap"
+    heap.mkdir()
+    for number in range(200):
+        (heap / f"{number:03d}.png").write_bytes(encoded(picture(number)) if number % 20 else b"no image")
+    params = settings("folder", heap)
+    ingest.ingest(params, tmp_path / "whole", tmp_path / "w")
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params.model_dump()))
+    out, work = tmp_path / "data" / "images", tmp_path / ".work" / "ingest"
+    command = [sys.executable, "-m", "easyref.cli", "ingest"]
     made: dict[Path, int] = {}
-    for shards in (2, 9):
-        process = processes.start(run_ingest, heap, out, work)
+    for shards in (1, 3):
+        process = subprocess.Popen(command, cwd=tmp_path)
         end = time.monotonic() + 120
         while len(list(work.glob("[0-9]*/key.json"))) < shards and time.monotonic() < end:
-            time.sleep(0.01)
+            time.sleep(0.002)
         process.kill()
-        assert processes.exit_code(process) == -signal.SIGKILL
+        assert process.wait() == -signal.SIGKILL
         now = {path: path.stat().st_ino for path in work.glob("[0-9]*/key.json")}
         assert made.items() <= now.items()
         made = now
-    run_ingest(heap, out, work)
-    for name in ("images.parquet", "rejects.parquet"):
-        assert (out / name).read_bytes() == (whole / name).read_bytes()
-    assert {p.name: p.read_bytes() for p in out.glob("*.tar")} == {p.name: p.read_bytes() for p in whole.glob("*.tar")}
+    subprocess.run(command, cwd=tmp_path, check=True)
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == whole and len(whole) == 7
 
 
 # -- sources -----------------------------------------------------------------------------------------------------------
@@ -305,6 +310,7 @@ def test_tars_give_captions_and_refuse_what_leaves_them(tmp_path: Path) -> None:
     table, rejects = (read_table(tmp_path / "images" / f"{name}.parquet") for name in ("images", "rejects"))
     rows = {row["source"]: row for row in table.iter_rows(named=True)}
     assert set(rows) == {"00000.tar/000.jpg", "00000.tar/dog/1.png", "00001.tar/0.png", "00001.tar/1.png", "00001.tar/2.png"}
+    assert rows["00000.tar/000.jpg"]["caption"] == "a red thing"
     assert (rows["00000.tar/000.jpg"]["licence"], rows["00000.tar/dog/1.png"]["caption"]) == ("CC0", "a dog")
     assert rows["00000.tar/dog/1.png"]["concept"] == "dogs"
     assert dict(rejects.select("name", "reason").iter_rows()) == {
@@ -341,7 +347,7 @@ def test_what_is_no_upstream_json_is_said(tmp_path: Path, text: str, what: str) 
         ingest.ingest(settings("upstream", tmp_path / "data.json"), tmp_path / "images", tmp_path / "work")
 
 
-def test_given_groups_become_training_data(tmp_path: Path) -> None:
+def test_given_groups_become_training_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The upstream JSON → images, groups, split: what a training reads, squares of one size."""
     entries = []
     for group in range(12):
@@ -362,10 +368,28 @@ def test_given_groups_become_training_data(tmp_path: Path) -> None:
     images = TrainingImages(data)
     assert images.pixels.shape[1:] == (SIZE, SIZE, 3) and images.groups and {kind for kind, _ in images.groups} == {"given"}
     samples = read_table(data / "split" / "samples.parquet")
-    assert set(samples["kind"]) == {"given"} and all(p.startswith("thing") for p in samples["prompt"] if not p[:1].isdigit())
+    assert set(samples["kind"]) == {"given"} and all(p.startswith("thing") for p in samples["prompt"])
 
-    assert write_upstream(data, tmp_path / "back") == sum(len(g) for _, g in images.groups)
+    monkeypatch.chdir(tmp_path)
+    shown = CliRunner().invoke(app, ["upstream", "back"])
+    assert f"back: {sum(len(members) for _, members in images.groups)} entries" in shown.output
+    monkeypatch.undo()
     again = ingest.ingest(settings("upstream", tmp_path / "back" / "data.json"), tmp_path / "again" / "images", tmp_path / "work")
     assert again["images"] == len({i for _, members in images.groups for i in members})
     same = group_images(ImageStore(tmp_path / "again" / "images").table, params.group.model_copy(update={"kinds": ["given"]}))
     assert sorted(map(sorted, same["members"])) == sorted(sorted(images.sha256s[i] for i in members) for _, members in images.groups)
+
+
+def test_folders_of_numbered_files_are_things_of_their_own(tmp_path: Path) -> None:
+    """1.png in each of twelve folders, no captions: each folder is its own concept, and some are held out."""
+    for group in range(12):
+        (tmp_path / "heap" / f"thing_{group}").mkdir(parents=True)
+        for i in range(5):
+            (tmp_path / "heap" / f"thing_{group}" / f"{i}.png").write_bytes(encoded(picture(100 * group + i)))
+    params = settings("folder", tmp_path / "heap")
+    ingest.ingest(params, tmp_path / "images", tmp_path / "work")
+    store = ImageStore(tmp_path / "images")
+    assert set(store.table["caption"]) == {f"thing {group}" for group in range(12)}
+    groups = group_images(store.table, params.group.model_copy(update={"kinds": ["given"]}))
+    tables = split_images(store, groups, params.split.model_copy(update={"held_out_share": 0.25}), 0)
+    assert {"train", "held_out"} <= set(tables["groups"]["split"]) and "held_out" in set(tables["samples"]["split"])

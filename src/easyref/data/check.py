@@ -6,7 +6,7 @@ import io
 import resource
 from collections.abc import Iterator, Sequence
 from concurrent.futures import TimeoutError as Late
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from multiprocessing import get_context
 
 import numpy as np
@@ -72,31 +72,41 @@ def check(found: Found, size: int, limits: IngestLimits) -> Checked | Rejected:
 
 
 def image_limits(limits: IngestLimits) -> Limits:
-    return Limits(
-        limits.max_bytes, limits.max_pixels, limits.max_side, limits.min_side, limits.max_aspect, limits.max_frames, limits.max_metadata
-    )
+    return Limits(**{field.name: getattr(limits, field.name) for field in fields(Limits)})
 
 
-def check_all(found: Sequence[Found], size: int, limits: IngestLimits) -> Iterator[Checked | Rejected]:
-    """`check` of each, in their order, on `limits.workers` processes. One that takes more than `limits.seconds` or ends its process
-    is rejected, the others are not touched."""
-    from pebble import ProcessExpired, ProcessPool
+class Checker:
+    """`check` on `limits.workers` processes. An image that takes more than `limits.seconds` or ends its process is rejected, the others
+    are not touched. Use as a context manager."""
 
-    context = get_context("forkserver")
-    memory = limits.memory_mib * 2**20
-    with ProcessPool(limits.workers, context=context, initializer=_confine, initargs=(memory,)) as pool:
-        futures = [pool.schedule(check, args=(one, size, limits), timeout=limits.seconds) for one in found]
-        try:
-            for one, future in zip(found, futures, strict=True):
-                try:
-                    yield future.result()
-                except Late:
-                    yield Rejected("timeout", f"{one.name}: took more than seconds {limits.seconds:g}; save it again, smaller")
-                except (ProcessExpired, MemoryError):
-                    yield Rejected("crash", f"{one.name}: ended the process that read it; save it again")
-        except GeneratorExit:
-            pool.stop()
-            raise
+    def __init__(self, size: int, limits: IngestLimits) -> None:
+        from pebble import ProcessPool
+
+        self.size, self.limits = size, limits
+        context = get_context("forkserver")
+        context.set_forkserver_preload([__name__])  # else every new worker imports it all again
+        self.pool = ProcessPool(limits.workers, context=context, initializer=_confine, initargs=(limits.memory_mib * 2**20,))
+
+    def __enter__(self) -> Checker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.stop()
+        self.pool.join()
+
+    def __call__(self, found: Sequence[Found]) -> Iterator[Checked | Rejected]:
+        """The result of each, in their order."""
+        from pebble import ProcessExpired
+
+        limits = self.limits
+        futures = [self.pool.schedule(check, args=(one, self.size, limits), timeout=limits.seconds) for one in found]
+        for one, future in zip(found, futures, strict=True):
+            try:
+                yield future.result()
+            except Late:
+                yield Rejected("timeout", f"{one.name}: took more than seconds {limits.seconds:g}; save it again, smaller")
+            except (ProcessExpired, MemoryError):
+                yield Rejected("crash", f"{one.name}: ended the process that read it; save it again")
 
 
 def _confine(memory: int) -> None:

@@ -20,7 +20,7 @@ import polars as pl
 from easyref.config import Ingest, Params
 from easyref.data import emoji
 from easyref.data.captions import caption
-from easyref.data.check import Checked, Rejected, check_all
+from easyref.data.check import Checked, Checker, Rejected
 from easyref.data.group import GIVEN
 from easyref.data.shards import write_shard
 from easyref.data.sources import Found, from_folder, from_table, from_tars, from_upstream
@@ -96,12 +96,13 @@ def _ingest_heap(p: Ingest, out: Path, work: Path) -> dict[str, int]:
     seen = _Seen(p.limits.near_duplicate_distance)
     parts: list[Path] = []
     found = READERS[p.source](place)
-    while chunk := list(islice(found, p.shard_images)):
-        part = work / f"{len(parts):05d}"
-        if not _done(part, key := _key(chunk, p, seen)):
-            _make_part(chunk, p, seen, part, key)
-        parts.append(part)
-        seen.add(read_table(part / "images.parquet"))
+    with Checker(p.size, p.limits) as checker:
+        while chunk := list(islice(found, p.shard_images)):
+            part = work / f"{len(parts):05d}"
+            if not _done(part, key := _key(chunk, p, seen)):
+                _make_part(chunk, checker, seen, part, key)
+            parts.append(part)
+            seen.add(read_table(part / "images.parquet"))
     rejects = pl.concat([read_table(part / "rejects.parquet", REJECT_COLUMNS) for part in parts]) if parts else pl.DataFrame()
     reasons = Counter(rejects["reason"].to_list() if len(rejects) else [])
     duplicates = reasons["duplicate"] + reasons["near_duplicate"]
@@ -164,7 +165,8 @@ def _bands(look: bytes) -> list[tuple[int, bytes]]:
 def _key(chunk: list[Found], p: Ingest, seen: _Seen) -> str:
     """Hash of all that a shard depends on."""
     limits = p.limits.model_dump(exclude={"max_reject_share", "workers"})
-    files = {f.file: (stat.st_size, stat.st_mtime_ns) for f in chunk if Path(f.file).exists() and (stat := Path(f.file).stat())}
+    there = [path for path in map(Path, sorted({f.file for f in chunk})) if path.exists()]
+    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in there]
     return sha256_json([[asdict(f) for f in chunk], files, p.size, limits, seen.history])
 
 
@@ -172,12 +174,12 @@ def _done(part: Path, key: str) -> bool:
     return (part / "key.json").exists() and read_json(part / "key.json") == key
 
 
-def _make_part(chunk: list[Found], p: Ingest, seen: _Seen, part: Path, key: str) -> None:
+def _make_part(chunk: list[Found], checker: Checker, seen: _Seen, part: Path, key: str) -> None:
     """Check `chunk` and write one shard with its rows and rejects, all or nothing."""
-    new = _Seen(p.limits.near_duplicate_distance)  # of this shard; `seen` gets it when it is whole
+    new = _Seen(seen.distance)  # of this shard; `seen` gets it when it is whole
     good: list[tuple[Found, Checked]] = []
     rejects: list[tuple[str, str, str]] = []
-    for found, result in zip(chunk, track(check_all(chunk, p.size, p.limits), f"ingest {part.name}", len(chunk)), strict=True):
+    for found, result in zip(chunk, track(checker(chunk), f"ingest {part.name}", len(chunk)), strict=True):
         if isinstance(result, Rejected):
             rejects.append((found.name, result.reason, result.detail))
         elif reason := seen.duplicate(result) or new.duplicate(result):
@@ -199,7 +201,8 @@ def _make_part(chunk: list[Found], p: Ingest, seen: _Seen, part: Path, key: str)
 
 
 def _row(found: Found, image: Checked) -> dict[str, Any]:
-    """Labels of an image: the group that its source names is its concept; nothing else is known."""
+    """Labels of an image: the group that its source names is its concept; nothing else is known. Without a caption it is called as its
+    group, never `1`, `2` …: the split keeps what is called the same on one side."""
     words = found.caption or Path(found.group).name.replace("_", " ") or Path(found.name).stem
     return {
         **dict.fromkeys(LABELS, ""), "concept": found.group or found.name, "subject": words,

@@ -61,7 +61,7 @@ class Found:
 
 
 def from_folder(folder: Path) -> Iterator[Found]:
-    """Every image file below `folder`. `name.txt` beside an image is its caption (else its name), the folder it is in its group."""
+    """Every image file below `folder`. `name.txt` beside an image is its caption, the folder it is in its group."""
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() not in SUFFIXES or (path.is_dir() and not path.is_symlink()):
             continue
@@ -70,7 +70,7 @@ def from_folder(folder: Path) -> Iterator[Found]:
             yield Found(name, str(path), refused=("member", "a link that leaves the folder; copy the file"))
             continue
         text = path.with_suffix(".txt")
-        caption, refused = _sidecar(text.read_bytes()) if text.is_file() and text.stat().st_size <= MAX_SIDECAR else (path.stem, None)
+        caption, refused = _sidecar(text.read_bytes()) if text.is_file() and text.stat().st_size <= MAX_SIDECAR else ("", None)
         parent = path.parent.relative_to(folder).as_posix()
         yield Found(name, str(path), caption=caption, group="" if parent == "." else parent, refused=refused)
 
@@ -108,11 +108,13 @@ def _members(path: Path, tar: tarfile.TarFile) -> Iterator[Found]:
                 assert file is not None
                 caption, refused = _sidecar(file.read(), suffix)
                 values = caption if isinstance(caption, dict) else {"caption": caption}
-                beside.setdefault(key, {}).update({k: v for k, v in values.items() if v} | ({"refused": refused} if refused else {}))
+                known = beside.setdefault(key, {})
+                new = {k: v for k, v in values.items() if v} | ({"refused": refused} if refused else {})
+                beside[key] = known | new if suffix == ".txt" else new | known  # of two captions, the text's
     for key, member in images:
         values = beside.get(key, {})
         yield Found(
-            f"{path.name}/{member.name}", str(path), member.offset_data, member.size, str(values.get("caption", Path(key).name)),
+            f"{path.name}/{member.name}", str(path), member.offset_data, member.size, str(values.get("caption", "")),
             str(values.get("group", "")), str(values.get("licence") or values.get("license") or ""), values.get("refused"),
         )  # fmt: skip
     with open(path, "rb") as file:  # tarfile takes a broken header for the end of the archive
@@ -165,7 +167,8 @@ def from_table(path: Path) -> Iterator[Found]:
 
 def from_upstream(path: Path) -> Iterator[Found]:
     """Images of the JSON that the published training code reads: a list of `{target, image_file, text}`, paths relative to the file.
-    All images of an entry are of one group, and entries that share an image too; `text` is the caption of the target.
+    All images of an entry are of one group, and entries that share an image too. `text` is the caption of the target, and of a
+    reference that is never a target.
 
     Raises:
         ValueError: not such a JSON.
@@ -177,6 +180,9 @@ def from_upstream(path: Path) -> Iterator[Found]:
         assert all(isinstance(name, str) and name for names in sets for name in names)
     except (ValueError, KeyError, TypeError, AssertionError, AttributeError) as error:
         raise ValueError(f"{path}: not a list of target, image_file and text ({type(error).__name__}: {error})") from error
+    for names, entry in zip(sets, entries, strict=True):
+        for name in names[1:]:
+            texts.setdefault(name, texts[entry["target"]])
     parent: dict[str, str] = {}
 
     def root(name: str) -> str:
@@ -190,7 +196,7 @@ def from_upstream(path: Path) -> Iterator[Found]:
             a, b = sorted((root(first), root(other)))
             parent[b] = a
     for name in sorted(parent):
-        yield Found(name, str(path.parent / name), caption=texts.get(name, ""), group=root(name))
+        yield Found(name, str(path.parent / name), caption=texts[name], group=root(name))
 
 
 def _listed(value: Any) -> list[Any]:
