@@ -11,8 +11,7 @@ run: $(VENV)/.installed ## data, training, evaluation, report
 	@python -m flows # not `dvc repro --pull`: it takes uncached outputs that are missing for done
 
 test: $(VENV)/.installed ## the tests
-	@dvc pull --quiet ingest base pretrain
-	@dvc repro --quiet split
+	@dvc pull --quiet ingest group split base pretrain
 	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile
 
 up: $(VENV)/.installed ## Prefect's server and worker and MLflow, on loopback
@@ -22,8 +21,7 @@ down: ## stops them
 	@python -m flows.services down
 
 test-long: $(VENV)/.installed ## servers and a deployment run through them, exported graphs
-	@dvc pull --quiet ingest base pretrain
-	@dvc repro --quiet split
+	@dvc pull --quiet ingest group split base pretrain
 	OMP_NUM_THREADS=1 python -m pytest -m long
 
 lint: $(VENV)/.installed

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from easyref.config import Params
-from easyref.data.group import group_images
+from easyref.data.group import label_groups
 from easyref.data.shards import ImageStore
 from easyref.data.split import split_images
 from easyref.records import write_table
@@ -17,5 +17,5 @@ def small_data(folder: Path, params: Params, every: int) -> None:
     concepts = table["concept"].unique().sort().to_list()[::every]
     write_table(folder / "images" / "images.parquet", table.filter(table["concept"].is_in(concepts)))
     store = ImageStore(folder / "images")
-    for name, part in split_images(store, group_images(store.table, params.group), params.split, 0).items():
+    for name, part in split_images(store, label_groups(store.table, params.group), params.split, 0).items():
         write_table(folder / "split" / f"{name}.parquet", part)

@@ -8,7 +8,7 @@ import pytest
 
 from easyref.config import load_params
 from easyref.data.captions import SHARED
-from easyref.data.group import group_images
+from easyref.data.group import label_groups
 from easyref.data.shards import ImageStore
 from easyref.data.split import near_pairs, split_images, thumbnails
 
@@ -21,7 +21,7 @@ def tables():
         pytest.fail("data/images is missing; run `dvc pull ingest`")
     params = load_params("presets/nano.yaml")
     store = ImageStore(IMAGES)
-    return store, split_images(store, group_images(store.table, params.group), params.split, 0), params
+    return store, split_images(store, label_groups(store.table, params.group), params.split, 0), params
 
 
 def test_held_out_concepts_and_names_never_occur_in_training(tables) -> None:
@@ -67,7 +67,7 @@ def test_samples_are_leave_one_out_and_hide_what_references_share(tables) -> Non
 
 def test_split_is_the_same_for_the_same_seed_and_another_for_another(tables) -> None:
     store, split, params = tables
-    groups = group_images(store.table, params.group)
+    groups = label_groups(store.table, params.group)
     again = split_images(store, groups.sample(fraction=1.0, shuffle=True, seed=1), params.split, 0)
     other = split_images(store, groups, params.split, 1)
     for name in split:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -16,6 +16,9 @@ app = typer.Typer(
     help="Several reference images and a prompt in, a new image that keeps what they have in common out.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
+
+bench = typer.Typer(help="Measure, and write the figures to benchmarks/.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 
 DATA, MODELS, METRICS = Path("data"), Path("models"), Path("metrics")
 WORK = Path(".work")
@@ -34,15 +37,25 @@ def ingest(params: ParamsFile = PARAMS) -> None:
 
 
 @app.command()
-def group(params: ParamsFile = PARAMS) -> None:
-    """Which images share something → groups.parquet."""
+def embed(
+    params: ParamsFile = PARAMS,
+    engine: Annotated[Literal["local", "ray"], typer.Option(help="Processes here, or Ray (RAY_ADDRESS: a cluster).")] = "local",
+) -> None:
+    """Images, captions and detected subjects → vectors, for groups that are learned."""
     from easyref.config import load_params
-    from easyref.data.group import group_images
-    from easyref.data.shards import ImageStore
-    from easyref.records import write_table
+    from easyref.data.embed import embed as run
 
-    table = group_images(ImageStore(DATA / "images").table, load_params(params).group)
-    write_table(DATA / "groups" / "groups.parquet", table)
+    counts = run(load_params(params).embed, DATA / "images", DATA / "embeddings", WORK / "embed", engine)
+    print(", ".join(f"{n} {part}s" for part, n in sorted(counts.items())))
+
+
+@app.command()
+def group(params: ParamsFile = PARAMS) -> None:
+    """Which images share something, by labels or by what they look like → groups.parquet."""
+    from easyref.config import load_params
+    from easyref.data.group import group_stage
+
+    table = group_stage(load_params(params), DATA, METRICS / "group.json", WORK / "group")
     print(f"{len(table)} groups: " + ", ".join(f"{k} {n}" for k, n in sorted(table["kind"].value_counts().iter_rows())))
 
 
@@ -61,6 +74,36 @@ def split(params: ParamsFile = PARAMS) -> None:
         for name, table in tables.items():
             write_table(folder / f"{name}.parquet", table)
     print(", ".join(f"{k} {n}" for k, n in sorted(tables["images"]["split"].value_counts().iter_rows())))
+
+
+@app.command()
+def report(params: ParamsFile = PARAMS) -> None:
+    """What the data is: counts, sizes, groups to look at, rejects with their reasons → reports/data.html."""
+    from easyref.config import load_params
+    from easyref.data.report import report as run
+
+    values = load_params(params)
+    out = Path("reports") / "data.html"
+    run(values.report, DATA, METRICS / "group.json", out, values.seed)
+    print(out)
+
+
+@bench.command("group")
+def bench_group(
+    n: Annotated[str, typer.Option("--n", help="How many vectors, with commas between.")] = "1e5,1e6",
+    workers: Annotated[int, typer.Option(min=1)] = 2,
+    out: Annotated[Path, typer.Option()] = Path("benchmarks/group.json"),
+) -> None:
+    """Time, memory, precision and recall of learned grouping on planted groups."""
+    from easyref.data.bench import bench_group as run
+
+    try:
+        counts = [int(float(word)) for word in n.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--n {n!r}: not numbers with commas between; try --n 1e5,1e6") from error
+    if min(counts) < 1000:
+        raise ValueError(f"--n {n}: too few to measure; give 1000 or more")
+    run(sorted(counts), out, workers)
 
 
 @app.command()

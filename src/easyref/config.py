@@ -57,8 +57,54 @@ class Ingest(Section):
         return self
 
 
+class Model(Section):
+    """A model of the hub at a pinned revision, or a folder (revision null)."""
+
+    id: str
+    revision: str | None
+
+
+class Subjects(Model):
+    """A transformers object detector."""
+
+    min_score: float = Share
+    max_boxes: PositiveInt
+    min_share: float = Share  # of the image's area
+
+
+class Embed(Section):
+    """What vectors are made with (data/embed.py); null: what comes inside (Lite0, MiniLM), or none (subjects)."""
+
+    batch: PositiveInt
+    workers: PositiveInt
+    images: Model | None  # CLIP or DINOv2
+    texts: Model | None  # CLIP
+    subjects: Subjects | None
+
+
+class Likeness(Section):
+    """When vectors are alike enough to make a group (data/learned.py)."""
+
+    threshold: float = Field(gt=-1, lt=1)  # least mean cosine
+    near_duplicate: float = Field(gt=-1, le=1)  # cosine from which two are the same picture
+    neighbours: PositiveInt  # nearest ones that are looked at
+    min_members: int = Field(ge=2)
+    max_members: int = Field(ge=2)
+
+    @model_validator(mode="after")
+    def _members(self) -> Likeness:
+        if self.min_members > self.max_members:
+            raise ValueError(f"min_members {self.min_members} is over max_members {self.max_members}; swap them")
+        return self
+
+
 class Group(Section):
-    kinds: list[Literal["subject", "person", "style", "given"]]
+    """`labels`: images with the same labels. `embeddings`: images that look alike."""
+
+    by: Literal["labels", "embeddings"]
+    likeness: dict[Literal["subject", "style", "tag"], Likeness]  # the kinds that are learned
+    workers: PositiveInt
+    kinds: list[Literal["subject", "person", "style", "given"]]  # of labels
     min_members: int = Field(ge=2)
     min_styles: int = Field(ge=2)  # a subject group spans at least so many styles
 
@@ -112,6 +158,7 @@ class VAE(Optimisation):
     latent_channels: PositiveInt
     kl_weight: float = Field(ge=0)
     edge_weight: float = Field(ge=0)
+    swap_colours: float = Share  # of the images that get red, green and blue in another order
 
 
 class TextToImage(Optimisation):
@@ -149,6 +196,14 @@ class Captioning(Optimisation):
     patch: PositiveInt
     several_images: float = Share  # share of "what do these images have in common" samples
     max_images: PositiveInt
+
+
+class Report(Section):
+    """reports/data.html."""
+
+    groups: PositiveInt  # of a contact sheet
+    members: PositiveInt  # of a group on it
+    rejects: PositiveInt  # examples of a reason
 
 
 class Base(Section):
@@ -248,8 +303,10 @@ class Params(Section):
     seed: int = Field(ge=0)
     threads: int = Field(ge=0)  # of torch, 0: all cores
     ingest: Ingest
+    embed: Embed
     group: Group
     split: Split
+    report: Report
     base: Base
     reference: Reference
     align: Align | None  # null: none, as in the paper

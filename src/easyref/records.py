@@ -26,6 +26,8 @@ IMAGE_COLUMNS = (
 )
 #: rejects.parquet: one row an image of the source that was not taken; `reason` in one word, `detail` in one line.
 REJECT_COLUMNS = ("name", "reason", "detail")
+#: rows-*.parquet of the embeddings: one row a part (image, subject, face) of an image, with its box in pixels.
+ROW_COLUMNS = ("sha256", "part", "left", "top", "right", "bottom", "score")
 #: groups.parquet: one row a group of images that share something; `members` is a list of sha256.
 GROUP_COLUMNS = ("group_id", "kind", "split", "members")
 #: samples.parquet: one row a leave-one-out sample (method.md §5): references → target under `prompt`.

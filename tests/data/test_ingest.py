@@ -24,7 +24,7 @@ from easyref.cli import app
 from easyref.config import Ingest, Params, load_params
 from easyref.data import check, ingest
 from easyref.data.dataset import TrainingImages
-from easyref.data.group import group_images
+from easyref.data.group import label_groups
 from easyref.data.shards import ImageStore
 from easyref.data.split import split_images
 from easyref.images import Reason
@@ -361,7 +361,7 @@ def test_given_groups_become_training_data(tmp_path: Path, monkeypatch: pytest.M
     data = tmp_path / "data"
     ingest.ingest(params, data / "images", tmp_path / "work")
     store = ImageStore(data / "images")
-    groups = group_images(store.table, params.group.model_copy(update={"kinds": ["given"]}))
+    groups = label_groups(store.table, params.group.model_copy(update={"kinds": ["given"]}))
     assert len(groups) == 12 and all(len(members) == 5 for members in groups["members"])
     for name, part in split_images(store, groups, params.split.model_copy(update={"held_out_share": 0.25}), 0).items():
         write_table(data / "split" / f"{name}.parquet", part)
@@ -376,7 +376,7 @@ def test_given_groups_become_training_data(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.undo()
     again = ingest.ingest(settings("upstream", tmp_path / "back" / "data.json"), tmp_path / "again" / "images", tmp_path / "work")
     assert again["images"] == len({i for _, members in images.groups for i in members})
-    same = group_images(ImageStore(tmp_path / "again" / "images").table, params.group.model_copy(update={"kinds": ["given"]}))
+    same = label_groups(ImageStore(tmp_path / "again" / "images").table, params.group.model_copy(update={"kinds": ["given"]}))
     assert sorted(map(sorted, same["members"])) == sorted(sorted(images.sha256s[i] for i in members) for _, members in images.groups)
 
 
@@ -390,6 +390,6 @@ def test_folders_of_numbered_files_are_things_of_their_own(tmp_path: Path) -> No
     ingest.ingest(params, tmp_path / "images", tmp_path / "work")
     store = ImageStore(tmp_path / "images")
     assert set(store.table["caption"]) == {f"thing {group}" for group in range(12)}
-    groups = group_images(store.table, params.group.model_copy(update={"kinds": ["given"]}))
+    groups = label_groups(store.table, params.group.model_copy(update={"kinds": ["given"]}))
     tables = split_images(store, groups, params.split.model_copy(update={"held_out_share": 0.25}), 0)
     assert {"train", "held_out"} <= set(tables["groups"]["split"]) and "held_out" in set(tables["samples"]["split"])

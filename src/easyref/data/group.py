@@ -1,25 +1,78 @@
-"""Stage `group`: which images share something. At nano the exact labels decide; the members are the ground truth
-against which learned grouping is scored.
+"""Stage `group`: which images share something, by their labels or by what they look like.
 
+Of labels (nano; they are also the truth against which learned groups are scored):
 subject: one concept drawn in several styles · person: one style, gender and skin tone in many roles ·
 style: one set of drawings and one Unicode category · given: what the source says belongs together (folder, column, entry).
+
+Learned from embeddings (data/learned.py):
+subject: what is drawn is alike, in detected subjects where there are any · style: how it is drawn · tag: what the captions say.
 """
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import polars as pl
 
-from easyref.config import Group
+from easyref.config import Group, Params
+from easyref.data.embed import read_space
+from easyref.data.learned import learn_groups, pair_scores, spread
+from easyref.data.neighbours import kmeans, nearest
+from easyref.data.shards import ImageStore
+from easyref.records import write_json, write_table
 
 KEYS = {"subject": ("concept", "gender"), "person": ("style", "gender", "tone"), "style": ("style", "category"), "given": ("concept",)}
 
 GIVEN = "given"  # category of an image whose concept is the group that its source names
 
 
-def group_images(images: pl.DataFrame, params: Group) -> pl.DataFrame:
+def group_stage(params: Params, data: Path, metrics: Path, work: Path) -> pl.DataFrame:
+    """Write `groups/groups.parquet`, and what learned groups are worth against the labels, where there are labels, to `metrics`."""
+    p, embeddings = params.group, data / "embeddings"
+    images = ImageStore(data / "images").table
+    labelled, learned = label_groups(images, p), learned_groups(embeddings, p, work, params.seed)
+    scores = score(learned, labelled, embeddings, work, params.seed)
+    table = labelled.with_columns(cohesion=pl.lit(None, pl.Float64)) if p.by == "labels" else learned
+    if not len(table):
+        raise ValueError(f"{data}: no groups of {p.by}; lower group.min_members or the thresholds, or set group.by to the other")
+    write_table(data / "groups" / "groups.parquet", table)
+    write_json(metrics, scores)
+    shutil.rmtree(work, ignore_errors=True)
+    return table
+
+
+SPACE = {"subject": "subject", "style": "style", "tag": "text"}  # of the embeddings, by kind of learned group
+
+
+def label_groups(images: pl.DataFrame, params: Group) -> pl.DataFrame:
     """Groups of `images` as a table `group_id, kind, split, members`; `split` is empty until the stage `split`."""
     tables = [_groups_of_kind(images, kind, params) for kind in params.kinds]
     return pl.concat(tables).sort("group_id")
+
+
+def learned_groups(embeddings: Path, params: Group, work: Path, seed: int) -> pl.DataFrame:
+    """Groups of images whose vectors are alike, with their `cohesion` (mean cosine); an image is in one group of a kind at most."""
+    work.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for kind, p in sorted(params.likeness.items()):
+        table, vectors = read_space(embeddings, SPACE[kind], "subject", work / "rows.npy")
+        if not len(table):
+            table, vectors = read_space(embeddings, SPACE[kind], "image", work / "rows.npy")
+        if len(table) < 2:
+            continue
+        names = table["sha256"].to_list()
+        taken: set[str] = set()
+        groups, _ = learn_groups(spread(vectors, work / "spread.npy"), p, work, seed, params.workers)
+        for group in sorted(groups, key=lambda g: (-g.cohesion, g.members)):
+            members = sorted({names[i] for i in group.members} - taken)
+            if len(members) >= p.min_members:
+                taken.update(members)
+                rows.append((f"{kind}/{members[0][:16]}", kind, "", members, group.cohesion))
+    schema = {"group_id": pl.String, "kind": pl.String, "split": pl.String, "members": pl.List(pl.String), "cohesion": pl.Float64}
+    return pl.DataFrame(rows, schema=schema, orient="row").sort("group_id")
 
 
 def _groups_of_kind(images: pl.DataFrame, kind: str, params: Group) -> pl.DataFrame:
@@ -36,3 +89,26 @@ def _groups_of_kind(images: pl.DataFrame, kind: str, params: Group) -> pl.DataFr
         table = table.filter(pl.col("styles") >= params.min_styles)
     name = pl.concat_str([pl.lit(kind), *(pl.col(k) for k in keys)], separator="/")
     return table.select(name.alias("group_id"), pl.lit(kind).alias("kind"), pl.lit("").alias("split"), "members")
+
+
+def score(learned: pl.DataFrame, labelled: pl.DataFrame, embeddings: Path, work: Path, seed: int) -> dict[str, Any]:
+    """Pairwise precision, recall and F1 of learned groups against labelled ones of the same kind, and the same of plain k-means on
+    the same vectors. Only images that the labels speak of count; k-means is told how many groups there are."""
+    found: dict[str, Any] = {}
+    for kind in sorted(set(learned["kind"]) & set(labelled["kind"])):
+        truth = labelled.filter(kind=kind)["members"].to_list()
+        covered = sorted({m for members in truth for m in members})
+        place = {name: i for i, name in enumerate(covered)}
+        mine = [[place[m] for m in members if m in place] for members in learned.filter(kind=kind)["members"].to_list()]
+        table, vectors = read_space(embeddings, SPACE[kind], "image", work / "rows.npy")
+        rows = np.flatnonzero(table["sha256"].is_in(covered).to_numpy())
+        known_nE = np.asarray(spread(vectors, work / "spread.npy")[rows], np.float32)
+        names = table["sha256"].gather(rows).to_list()
+        cell = nearest(known_nE, kmeans(known_nE, len(truth), seed))
+        plain = [[place[names[i]] for i in np.flatnonzero(cell == number)] for number in range(len(truth))]
+        true = [[place[m] for m in members] for members in truth]
+        found[kind] = {
+            "images": len(covered), "labelled_groups": len(truth), "learned_groups": len(mine),
+            "learned": pair_scores(mine, true), "kmeans": pair_scores(plain, true),
+        }  # fmt: skip
+    return found

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 from PIL import Image
@@ -32,6 +33,20 @@ def write_shard(path: Path, images: list[bytes], suffixes: Sequence[str] | None 
     return rows
 
 
+def read_bytes(folder: Path, row: Mapping[str, Any]) -> bytes:
+    """The encoded image of a row of images.parquet, checked against its hash."""
+    with open(folder / row["shard"], "rb") as file:
+        file.seek(row["offset"])
+        data = file.read(row["size"])
+    if sha256_bytes(data) != row["sha256"]:
+        raise ValueError(f"{folder / row['shard']}: bytes of {row['sha256']} do not match its hash; run `dvc checkout`")
+    return data
+
+
+def read_image(folder: Path, row: Mapping[str, Any]) -> Image.Image:
+    return open_image(read_bytes(folder, row), name=row["sha256"])
+
+
 class ImageStore:
     """The images of a folder with `images.parquet` and its shards, by sha256."""
 
@@ -45,12 +60,7 @@ class ImageStore:
         row = self.rows.get(sha256)
         if row is None:
             raise KeyError(f"{self.folder}: no image {sha256}; run `dvc repro ingest` or `dvc pull`")
-        with open(self.folder / row["shard"], "rb") as file:
-            file.seek(row["offset"])
-            data = file.read(row["size"])
-        if sha256_bytes(data) != sha256:
-            raise ValueError(f"{self.folder / row['shard']}: bytes of {sha256} do not match its hash; run `dvc checkout`")
-        return data
+        return read_bytes(self.folder, row)
 
     def image(self, sha256: str) -> Image.Image:
         return open_image(self.bytes(sha256), name=sha256)

@@ -2,7 +2,7 @@
 which only the targets are withheld, training groups; evaluation samples are leave-one-out.
 
 A concept and everything that looks or is called the same stay on one side: concepts joined by near-duplicate images or
-by the same subject words form one component, and components are what is split.
+by the same subject words, or learned to be the same subject, form one component, and components are what is split.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ def split_images(store: ImageStore, groups: pl.DataFrame, params: Split, seed: i
     """Tables `images` (sha256, split), `groups` (with `split`) and `samples`."""
     images = store.table.sort("sha256")
     near = near_pairs(*(thumbnails(store, images["sha256"].to_list()),) * 2, params.near_duplicate_distance)
-    held_out = _held_out_concepts(images, near, params.held_out_share, seed)
+    place = {s: i for i, s in enumerate(images["sha256"])}
+    learned = groups.filter(pl.col("cohesion").is_not_null(), pl.col("kind") != "style") if "cohesion" in groups.columns else groups[:0]
+    together = [[place[m] for m in members] for members in learned["members"]]
+    held_out = _held_out_concepts(images, near, together, params.held_out_share, seed)
     side = {s: "held_out" if c in held_out else "train" for s, c in images.select("sha256", "concept").iter_rows()}
     parts = [
         {**g, "split": name, "members": members}
@@ -85,7 +88,10 @@ def _sample(sample: dict, store: ImageStore, most: int, seed: int) -> dict:
     }  # fmt: skip
 
 
-def _held_out_concepts(images: pl.DataFrame, near: list[tuple[int, int]], share: float, seed: int) -> set[str]:
+def _held_out_concepts(
+    images: pl.DataFrame, near: list[tuple[int, int]], together: list[list[int]], share: float, seed: int
+) -> set[str]:
+    """About `share` of the concepts. `together`: images that were found to show the same, whatever they are called."""
     concepts = images["concept"].to_list()
     parent = {c: c for c in concepts}
 
@@ -98,7 +104,7 @@ def _held_out_concepts(images: pl.DataFrame, near: list[tuple[int, int]], share:
     by_subject: dict[str, str] = {}
     for subject, concept in images.select("subject", "concept").iter_rows():
         parent[root(concept)] = root(by_subject.setdefault(subject, concept))
-    for i, j in near:
+    for i, j in [*near, *((members[0], other) for members in together for other in members[1:])]:
         parent[root(concepts[i])] = root(concepts[j])
     components = defaultdict(list)
     for concept in sorted(set(concepts)):
@@ -106,9 +112,10 @@ def _held_out_concepts(images: pl.DataFrame, near: list[tuple[int, int]], share:
     order = sorted(components.values())
     random.Random(f"{seed}/split").shuffle(order)
     held_out: set[str] = set()
+    most = max([10, *map(len, together)])
     for component in order:
         # a large component would be the whole held-out set by itself, and says nothing new image by image
-        if len(component) <= 10 and len(held_out) + len(component) <= share * len(parent):
+        if len(component) <= most and len(held_out) + len(component) <= share * len(parent):
             held_out.update(component)
     return held_out
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from PIL import Image
 from easyref.evaluation.evaluate import COPY_THRESHOLD
 from easyref.evaluation.grid import KIND, GridRow, draw_grid, grid_png, grid_rows
 from easyref.evaluation.page import PAGE
-from easyref.images import to_png
+from easyref.page import data_uri, picture, render
 from easyref.records import write_bytes
 
 __all__ = ["GridRow", "grid_png", "grid_rows", "write_report"]
@@ -49,18 +47,15 @@ SHOWN = {
 
 def write_report(result: dict[str, Any], rows: Sequence[GridRow], path: str | Path) -> Path:
     """Write the HTML report of `evaluate`'s result; `rows` may be empty."""
-    import jinja2
-
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters.update(num=_number, gap=_interval, pct=_percent)
-    page = environment.from_string(PAGE)
     splits = [s for s in SPLIT if any(result[s].get(name) for name in LABEL)]
-    html = page.render(
+    html = render(
+        PAGE,
+        {"num": _number, "gap": _interval, "pct": _percent},
         result=result,
         splits=splits,
         headlines=[_headline(result, s, name) for s in splits for name in LABEL if result[s].get(name)],
-        plots={s: _uri(_plot(result[s])) for s in splits},
-        grid=_uri(draw_grid(rows)) if rows else "",
+        plots={s: data_uri(_plot(result[s])) for s in splits},
+        grid=data_uri(draw_grid(rows)) if rows else "",
         per_kind=max((sum(r.kind == k for r in rows) for k in KIND), default=0),
         copied={"right": "right references", "none": "no references", "real": "real targets"},
         copy_threshold=COPY_THRESHOLD,
@@ -69,7 +64,7 @@ def write_report(result: dict[str, Any], rows: Sequence[GridRow], path: str | Pa
         label=LABEL,
         meaning=MEANING,
     )
-    write_bytes(path, html.encode())
+    write_bytes(path, html)
     return Path(path)
 
 
@@ -113,14 +108,7 @@ def _plot(entries: dict[str, Any]) -> Image.Image:
     axes.grid(axis="x", color="#eef0f3")
     axes.set_axisbelow(True)
     axes.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=4, frameon=False, fontsize=9, handletextpad=0.3)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, bbox_inches="tight")
-    plt.close(figure)
-    return Image.open(buffer)
-
-
-def _uri(image: Image.Image) -> str:
-    return "data:image/png;base64," + base64.b64encode(to_png(image)).decode()
+    return picture(figure)
 
 
 def _number(value: float | None) -> str:

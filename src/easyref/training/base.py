@@ -108,6 +108,12 @@ def vae_loss(vae: Any, pixels_B3HW: torch.Tensor, noise_BChw: torch.Tensor, p: V
     return error.abs().mean() + error.square().mean() + p.edge_weight * edges + p.kl_weight * kl
 
 
+def swap_colours(pixels_3HW: torch.Tensor, share: float, rng: np.random.Generator) -> torch.Tensor:
+    """With probability `share` red, green and blue in a random order: yellow and red abound in the training images, green and
+    purple hardly occur, and a VAE that has not seen a colour cannot draw it."""
+    return pixels_3HW[rng.permutation(3)] if rng.random() < share else pixels_3HW
+
+
 def train_vae(params: Params, images: TrainingImages, work: Path) -> Path:
     """An AutoencoderKL folder."""
     p = params.base.vae
@@ -121,7 +127,10 @@ def train_vae(params: Params, images: TrainingImages, work: Path) -> Path:
     side = params.ingest.size // 2 ** (len(p.channels) - 1)
 
     def loss(numbers: range) -> torch.Tensor:
-        pixels = images.batch([order[n] for n in numbers]).contiguous(memory_format=torch.channels_last)
+        rngs = [numpy_rng(params.seed, "vae colours", n) for n in numbers]
+        pixels = images.batch([order[n] for n in numbers])
+        pixels = torch.stack([swap_colours(x, p.swap_colours, rng) for x, rng in zip(pixels, rngs, strict=True)])
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
         noise = torch.stack([torch.randn(p.latent_channels, side, side, generator=torch_rng(params.seed, "vae", n)) for n in numbers])
         return vae_loss(vae, pixels, noise, p)
 

@@ -1,0 +1,205 @@
+"""Stage `embed`: images → vectors, one table and one array a space for each piece (at most PIECE images of a shard).
+
+A row is a part of an image: the whole, or a subject that a detector found. Spaces:
+
+subject  what is drawn: whole images and subjects          Lite0's deep features, or a vision model of the hub (CLIP, DINOv2)
+style    how it is drawn: whole images                     Lite0's shallow features
+text     what the caption says: whole images               MiniLM, or CLIP
+
+`rows-00000.parquet` says what the rows are (`sha256, part, left, top, right, bottom, score`); `subject-00000.npy` … hold float16
+vectors [rows, E], NaN where a space does not apply. A piece that is there is not made again after a kill.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+from PIL import Image
+
+from easyref.config import Embed
+from easyref.data.shards import read_image
+from easyref.progress import track
+from easyref.records import IMAGE_COLUMNS, ROW_COLUMNS, atomic_folder, read_table, remove_folder, sha256_json, write_table
+
+Array = np.ndarray[Any, np.dtype[Any]]
+SPACES = ("subject", "style", "text")
+PIECE = 512  # images
+Piece = tuple[pl.DataFrame, Path]  # rows of images.parquet, and the folder for what is made of them
+
+
+@dataclass(frozen=True)
+class Box:
+    """A part of an image, in pixels."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+    score: float = 1.0
+
+
+@dataclass(frozen=True)
+class Extractors:
+    """What the vectors are made with."""
+
+    images: Callable[[Sequence[Image.Image]], tuple[Array, Array]]  # → subject [n, E], style [n, E]
+    texts: Callable[[Sequence[str]], Array]  # → [n, E]
+    subjects: Callable[[Sequence[Image.Image]], list[list[Box]]] | None = None
+
+
+Make = Callable[[Embed], Extractors]
+
+
+def embed(p: Embed, images: Path, out: Path, work: Path, engine: Engine = "local", make: Make | None = None) -> dict[str, int]:
+    """Write the vectors of all images in `images` to `out`; returns how many rows of each part.
+
+    `engine`: processes of this machine, or Ray (extra `ray`; RAY_ADDRESS names a cluster that sees the same folders). The files do not
+    depend on it, nor on `p.workers`: a piece is always made by one thread.
+    """
+    table = read_table(images / "images.parquet", IMAGE_COLUMNS).sort("shard", "offset")
+    pieces = [shard[i : i + PIECE] for shard in table.partition_by("shard", maintain_order=True) for i in range(0, len(shard), PIECE)]
+    parts = [work / f"{number:05d}-{_key(piece, p)[:16]}" for number, piece in enumerate(pieces)]
+    todo = [(piece, part) for piece, part in zip(pieces, parts, strict=True) if not part.exists()]
+    for _ in track(ENGINES[engine](todo, images, p, make), "embed", len(todo), "pieces"):
+        pass
+    with atomic_folder(out) as folder:
+        for number, part in enumerate(parts):
+            for file in sorted(part.iterdir()):
+                shutil.copy(file, folder / f"{file.stem}-{number:05d}{file.suffix}")
+    found = pl.concat([read_table(part / "rows.parquet", ROW_COLUMNS) for part in parts])["part"].value_counts()
+    remove_folder(work)
+    return dict(sorted(found.iter_rows()))
+
+
+def _key(piece: pl.DataFrame, p: Embed) -> str:
+    return sha256_json([p.model_dump(exclude={"workers"}), piece["sha256"].to_list(), piece["caption"].to_list()])
+
+
+def _local(todo: Sequence[Piece], images: Path, p: Embed, make: Make | None) -> Iterator[None]:
+    if p.workers == 1 or len(todo) < 2:
+        yield from (embed_piece(piece, part, images, p, make) for piece, part in todo)
+        return
+    with ProcessPoolExecutor(p.workers, multiprocessing.get_context("forkserver")) as pool:
+        try:
+            yield from (made.result() for made in as_completed(pool.submit(embed_piece, *piece, images, p, make) for piece in todo))
+        except BrokenExecutor as error:
+            fix = "it may have been out of memory: lower embed.workers or embed.batch; finished pieces are kept"
+            raise ValueError(f"embed: a worker was killed; {fix}") from error
+
+
+def _ray(todo: Sequence[Piece], images: Path, p: Embed, make: Make | None) -> Iterator[None]:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise ValueError("--engine ray needs the package ray: pip install 'easyref[ray]'") from error
+    address = os.environ.get("RAY_ADDRESS")
+    ray.init(address=address, include_dashboard=False if address is None else None, num_cpus=None if address else p.workers)
+    try:
+        data = ray.data.from_items([{"piece": number} for number in range(len(todo))], override_num_blocks=max(1, len(todo)))
+
+        def made(row: dict[str, int]) -> dict[str, int]:
+            piece, part = todo[row["piece"]]
+            if not part.exists():  # else a worker died after it was made
+                embed_piece(piece, part, images.absolute(), p, make)
+            return row
+
+        for _ in data.map(made).iter_rows():
+            yield
+    finally:
+        ray.shutdown()
+
+
+Engine = Literal["local", "ray"]
+ENGINES = {"local": _local, "ray": _ray}
+
+
+@cache
+def _extractors(p: Embed, make: Make | None) -> Extractors:
+    from easyref.data.hub import make_extractors
+
+    return (make or make_extractors)(p)
+
+
+def embed_piece(table: pl.DataFrame, part: Path, images: Path, p: Embed, make: Make | None = None) -> None:
+    """Write `rows.parquet` and an array a space for the images of `table`, all or nothing."""
+    import torch
+
+    torch.set_num_threads(1)
+    extractors = _extractors(p, make)
+    rows: list[tuple] = []
+    vectors: dict[str, list[Array | None]] = {space: [] for space in SPACES}
+
+    def add(sha256: str, name: str, box: Box, **of: Array | None) -> None:
+        rows.append((sha256, name, box.left, box.top, box.right, box.bottom, box.score))
+        for space in SPACES:
+            vectors[space].append(of.get(space))
+
+    batches = [table[i : i + p.batch] for i in range(0, len(table), p.batch)]
+    decoded = _ahead(lambda batch: [read_image(images, row) for row in batch.iter_rows(named=True)], batches)
+    for batch, pictures in zip(batches, decoded, strict=True):
+        names = batch["sha256"].to_list()
+        subject, style = extractors.images(pictures)
+        text = extractors.texts(batch["caption"].to_list())
+        for i, (name, image) in enumerate(zip(names, pictures, strict=True)):
+            add(name, "image", Box(0, 0, *image.size), subject=subject[i], style=style[i], text=text[i])
+        boxes = extractors.subjects(pictures) if extractors.subjects else [[] for _ in pictures]
+        crops = [(name, image, box) for name, image, own in zip(names, pictures, boxes, strict=True) for box in own]
+        if crops:
+            of_crops, _ = extractors.images([image.crop((b.left, b.top, b.right, b.bottom)) for _, image, b in crops])
+            for (name, _, box), vector in zip(crops, of_crops, strict=True):
+                add(name, "subject", box, subject=vector)
+    with atomic_folder(part) as folder:
+        write_table(folder / "rows.parquet", pl.DataFrame(rows, schema=dict(zip(ROW_COLUMNS, _TYPES, strict=True)), orient="row"))
+        for space, found in vectors.items():
+            if any(v is not None for v in found):
+                width = next(len(v) for v in found if v is not None)
+                stacked = np.stack([np.full(width, np.nan, np.float32) if v is None else v for v in found])
+                np.save(folder / f"{space}.npy", stacked.astype(np.float16))
+
+
+_TYPES = (pl.String, pl.String, pl.Int32, pl.Int32, pl.Int32, pl.Int32, pl.Float32)
+
+
+def _ahead(load: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    """load(item) of each in turn, the next one under way meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(load, items[0])
+        for following in [*items[1:], None]:
+            ready, coming = coming, pool.submit(load, following) if following is not None else coming
+            yield ready.result()
+
+
+def read_space(folder: Path, space: str, part: str, file: Path) -> tuple[pl.DataFrame, Array]:
+    """Rows of `part` that have a finite vector in `space`, sorted by image and place, and their vectors float16 [N, E] on disk."""
+    tables, goods = [pl.DataFrame(schema=dict(zip(ROW_COLUMNS, _TYPES, strict=True)))], []
+    arrays = [np.load(array, mmap_mode="r") for array in sorted(folder.glob(f"{space}-*.npy"))]
+    for array, name in zip(arrays, sorted(folder.glob(f"{space}-*.npy")), strict=True):
+        table = read_table(folder / f"rows-{name.stem.rsplit('-', 1)[1]}.parquet", ROW_COLUMNS)
+        if len(array) != len(table):
+            raise ValueError(f"{name}: {len(array)} vectors for {len(table)} rows; run `easyref embed` again")
+        good = np.flatnonzero((table["part"] == part).to_numpy())
+        good = good[np.isfinite(array[good]).all(1)]
+        tables.append(table[good])
+        goods.append(good)
+    table = pl.concat(tables, how="vertical_relaxed")
+    order = table.with_row_index().sort("sha256", "left", "top", "right", "bottom", "index")["index"].to_numpy()
+    if not len(order):
+        return table, np.empty((0, 1), np.float16)
+    vectors = np.lib.format.open_memmap(file, "w+", np.float16, (len(table), arrays[0].shape[1]))
+    place = np.argsort(order)  # row as it comes → where it belongs
+    done = 0
+    for array, good in zip(arrays, goods, strict=True):
+        vectors[place[done : done + len(good)]] = array[good]
+        done += len(good)
+    return table[order], vectors

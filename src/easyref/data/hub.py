@@ -1,0 +1,102 @@
+"""The extractors of the stage `embed`: what comes inside (Lite0, MiniLM), or models of the hub by transformers.
+
+Letters: N items · E width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from easyref.config import Embed, Model, Subjects
+from easyref.data.embed import Box, Extractors
+from easyref.data.extractors import Array, Lite0, MiniLM
+
+
+def make_extractors(p: Embed) -> Extractors:
+    lite0 = Lite0(batch=p.batch)
+    images = HubImages(p.images) if p.images else None
+
+    def both(items: Sequence[Image.Image]) -> tuple[Array, Array]:
+        deep, shallow = lite0.both(items)
+        return (images(items) if images else deep), shallow
+
+    texts = HubTexts(p.texts, p.batch) if p.texts else MiniLM(batch=p.batch)
+    return Extractors(both, texts, HubSubjects(p.subjects) if p.subjects else None)
+
+
+def _load(auto: str, model: Model) -> Any:
+    """A part of `model` by transformers' auto class of that name, on the GPU if there is one."""
+    import torch
+    import transformers
+
+    kind = getattr(transformers, auto)
+    if auto in ("AutoImageProcessor", "AutoTokenizer"):
+        return kind.from_pretrained(model.id, revision=model.revision or "main")
+    loaded = kind.from_pretrained(model.id, revision=model.revision or "main", use_safetensors=True, torch_dtype=torch.float32)
+    return loaded.eval().requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class HubImages:
+    """Images → [N, E]: CLIP's projected image features, or the class token of a vision model (DINOv2)."""
+
+    def __init__(self, model: Model) -> None:
+        self.processor, self.model = _load("AutoImageProcessor", model), _load("AutoModel", model)
+
+    def __call__(self, items: Sequence[Image.Image]) -> Array:
+        import torch
+
+        with torch.inference_mode():
+            pixels = self.processor(images=list(items), return_tensors="pt")["pixel_values"].to(self.model.device)
+            if hasattr(self.model, "vision_model"):
+                return self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output).cpu().numpy()
+            return self.model(pixel_values=pixels).last_hidden_state[:, 0].cpu().numpy()
+
+
+class HubTexts:
+    """Texts → [N, E]: CLIP's projected text features."""
+
+    def __init__(self, model: Model, batch: int) -> None:
+        self.tokenizer, self.model, self.batch = _load("AutoTokenizer", model), _load("AutoModel", model), batch
+
+    def __call__(self, items: Sequence[str]) -> Array:
+        import torch
+
+        found = []
+        with torch.inference_mode():
+            for start in range(0, len(items), self.batch):
+                texts = list(items[start : start + self.batch])
+                most = self.model.config.text_config.max_position_embeddings
+                ids = self.tokenizer(texts, padding=True, truncation=True, max_length=most, return_tensors="pt").to(self.model.device)
+                out = self.model.text_model(input_ids=ids["input_ids"], attention_mask=ids["attention_mask"])
+                found.append(self.model.text_projection(out.pooler_output).cpu().numpy())
+        return np.concatenate(found)
+
+
+class HubSubjects:
+    """Images → boxes of what a detector finds, best first (the paper has Co-DETR; any transformers detector will do)."""
+
+    def __init__(self, p: Subjects) -> None:
+        self.p = p
+        self.processor, self.model = _load("AutoImageProcessor", p), _load("AutoModelForObjectDetection", p)
+
+    def __call__(self, items: Sequence[Image.Image]) -> list[list[Box]]:
+        import torch
+
+        with torch.inference_mode():
+            inputs = self.processor(images=list(items), return_tensors="pt").to(self.model.device)
+            sizes = torch.tensor([image.size[::-1] for image in items])
+            found = self.processor.post_process_object_detection(self.model(**inputs), self.p.min_score, sizes)
+        return [self._boxes(f, image) for f, image in zip(found, items, strict=True)]
+
+    def _boxes(self, found: dict[str, Any], image: Image.Image) -> list[Box]:
+        boxes = []
+        for score, corners in sorted(zip(found["scores"].tolist(), found["boxes"].tolist(), strict=True), reverse=True):
+            left, top, right, bottom = (round(c) for c in corners)
+            left, top, right, bottom = max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height)
+            if (right - left) * (bottom - top) >= max(1.0, self.p.min_share * image.width * image.height) and right > left:
+                boxes.append(Box(left, top, right, bottom, score))
+        return boxes[: self.p.max_boxes]

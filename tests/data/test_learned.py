@@ -1,0 +1,148 @@
+"""Learned groups against brute force, scipy, scikit-learn and groups that were planted."""
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.spatial.distance import squareform
+from sklearn.metrics.cluster import pair_confusion_matrix
+from typer.testing import CliRunner
+
+from easyref.cli import app
+from easyref.config import Likeness, load_params
+from easyref.data import learned
+from easyref.data.bench import LIKENESS, plant
+from easyref.data.embed import read_space
+from easyref.data.group import learned_groups
+from easyref.data.learned import cohesion, later_of_twins, learn_groups, linked, pair_scores, parts, spread
+from easyref.data.neighbours import make_cells, similar_pairs
+from easyref.records import ROW_COLUMNS, read_json, write_table
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def clustered(count: int, width: int = 32, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    centres = rng.standard_normal((count // 8, width))
+    return unit(centres[rng.integers(len(centres), size=count)] + 0.6 * rng.standard_normal((count, width))).astype(np.float32)
+
+
+def test_similar_pairs_are_those_of_brute_force(tmp_path: Path) -> None:
+    vectors, most, threshold = clustered(1500).astype(np.float16), 10, 0.5
+    cells = make_cells(vectors, tmp_path / "cells.npy")
+    assert sorted(cells.which_N.tolist()) == list(range(1500)) and len(cells.centres_ME) > 3
+    one, other, cosine = similar_pairs(cells, threshold, most, workers=2)
+    similar = vectors.astype(np.float32) @ vectors.astype(np.float32).T
+    np.fill_diagonal(similar, -2)
+    nearest = np.zeros_like(similar, bool)
+    np.put_along_axis(nearest, np.argsort(-similar, axis=1)[:, :most], True, axis=1)
+    expected = np.argwhere(np.triu(nearest & nearest.T & (similar >= threshold)))
+    found = np.stack([one, other], 1)
+    assert np.array_equal(found[np.lexsort((found[:, 1], found[:, 0]))], expected)
+    np.testing.assert_allclose(cosine, similar[one, other], atol=1e-5)
+
+
+def test_most_pairs_are_found_where_cells_are_many(tmp_path: Path) -> None:
+    vectors, truth = plant(8000, tmp_path / "vectors.npy")
+    cells = make_cells(vectors, tmp_path / "cells.npy")
+    assert len(cells.centres_ME) > 20
+    one, other, _ = similar_pairs(cells, 0.5, 16)
+    found = set(zip(one.tolist(), other.tolist(), strict=True))
+    planted = [(a, b) for g in truth for i, a in enumerate(sorted(g)) for b in sorted(g)[i + 1 :]]
+    assert np.mean([pair in found for pair in planted]) > 0.97
+
+
+def test_planted_groups_come_back_whatever_the_workers(tmp_path: Path) -> None:
+    vectors, truth = plant(4000, tmp_path / "vectors.npy")
+    groups, left_out = learn_groups(vectors, LIKENESS, tmp_path, workers=1)
+    scores = pair_scores([g.members for g in groups], truth)
+    assert scores["precision"] > 0.97 and scores["recall"] > 0.97 and not len(left_out)
+    assert learn_groups(vectors, LIKENESS, tmp_path, workers=2)[0] == groups
+    rows = np.asarray(vectors[groups[0].members], np.float64)
+    assert groups[0].cohesion == pytest.approx((rows @ rows.T)[np.triu_indices(len(rows), 1)].mean(), abs=1e-5)
+
+
+def test_one_of_near_duplicates_stays(tmp_path: Path) -> None:
+    vectors = clustered(400)
+    twins = np.concatenate([vectors, vectors[:50]])
+    p = Likeness(threshold=0.5, near_duplicate=0.999, neighbours=16, min_members=2, max_members=8)
+    groups, left_out = learn_groups(twins, p, tmp_path)
+    assert left_out.tolist() == list(range(400, 450))
+    members = [m for g in groups for m in g.members]
+    assert len(members) == len(set(members)) and max(members) < 400 and max(len(g.members) for g in groups) <= 8
+    assert later_of_twins(np.array([5, 2]), np.array([2, 7]), 9).tolist() == [5, 7]
+
+
+def test_linkage_cut_is_scipys(tmp_path: Path) -> None:
+    rows = clustered(60)
+    tree = linkage(squareform(np.maximum(1 - rows @ rows.T, 0) * (1 - np.eye(60)), checks=False), "average")
+    flat = fcluster(tree, 0.5, "distance")
+    expected = {frozenset(np.flatnonzero(flat == k).tolist()) for k in set(flat) if (flat == k).sum() > 1}
+    assert {frozenset(g.tolist()) for g in linked(rows, 0.5, 60)} == expected
+    assert all(len(g) <= 4 for g in linked(rows, 0.5, 4))
+
+
+def test_a_large_part_falls_apart_as_the_threshold_rises(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learned, "PART", 4)
+    one, other = np.array([0, 1, 2, 3, 4, 8]), np.array([1, 2, 3, 4, 5, 9])
+    cosine = np.array([0.9, 0.9, 0.55, 0.9, 0.9, 0.6])  # 0-1-2 and 3-4-5 hang together by a weak pair; 6, 7 are alone
+    assert [part.tolist() for part in parts(one, other, cosine, 0.5, 10)] == [[0, 1, 2], [3, 4, 5], [8, 9]]
+
+
+def test_pair_scores_are_scikit_learns() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(6, size=80), rng.integers(9, size=80)
+    groups = [[np.flatnonzero(labels == k).tolist() for k in range(9)] for labels in (a, b)]
+    (_, false_positive), (false_negative, right) = pair_confusion_matrix(b, a)
+    scores = pair_scores(groups[0], groups[1])
+    assert scores["precision"] == pytest.approx(right / (right + false_positive))
+    assert scores["recall"] == pytest.approx(right / (right + false_negative))
+    assert scores["f1"] == pytest.approx(2 * right / (2 * right + false_positive + false_negative))
+    assert pair_scores([], [[1, 2]]) == {"precision": 0.0, "recall": 0.0, "f1": 0.0}
+
+
+def test_spread_damps_the_main_directions(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    raw = rng.standard_normal((500, 16)) @ np.diag(np.linspace(9, 1, 16)) + 40
+    out = np.asarray(spread(raw.astype(np.float16), tmp_path / "spread.npy"), np.float64)
+    centred = raw - raw.mean(0)
+    _, s, directions = np.linalg.svd(centred, full_matrices=False)
+    expected = unit(centred @ directions.T * (s**2 / 500) ** -learned.DAMPING)
+    np.testing.assert_allclose(out @ out.T, expected @ expected.T, atol=0.02)  # the signs of directions are free
+    assert cohesion(out[:2].astype(np.float32)) == pytest.approx(out[0] @ out[1], abs=1e-3)
+
+
+def test_groups_do_not_depend_on_shards_and_nan_is_left_out(tmp_path: Path) -> None:
+    vectors = clustered(300)
+    vectors[7] = np.nan
+    names = [f"{i:064x}" for i in range(300)]
+    order = np.random.default_rng(1).permutation(300)
+    for place, shards in (("one", [np.arange(300)]), ("three", np.array_split(order, 3))):
+        (tmp_path / place).mkdir()
+        for number, rows in enumerate(shards):
+            table = [(names[i], "image", 0, 0, 8, 8, 1.0) for i in rows]
+            write_table(tmp_path / place / f"rows-{number:05d}.parquet", pl.DataFrame(table, schema=list(ROW_COLUMNS), orient="row"))
+            np.save(tmp_path / place / f"subject-{number:05d}.npy", vectors[rows].astype(np.float16))
+    p = Likeness(threshold=0.4, near_duplicate=1.0, neighbours=16, min_members=2, max_members=8)
+    params = load_params("presets/nano.yaml").group.model_copy(update={"likeness": {"subject": p}})
+    one, three = (learned_groups(tmp_path / place, params, tmp_path / "work", 0) for place in ("one", "three"))
+    assert one.equals(three) and len(one) > 20
+    members = [m for g in one["members"] for m in g]
+    assert len(members) == len(set(members)) and names[7] not in members
+    table, _ = read_space(tmp_path / "three", "subject", "image", tmp_path / "rows.npy")
+    assert len(table) == 299
+    assert one["group_id"].is_unique().all() and (one["cohesion"] > 0.4).all()
+
+
+def test_bench_measures_planted_groups(tmp_path: Path) -> None:
+    out = tmp_path / "group.json"
+    done = CliRunner().invoke(app, ["bench", "group", "--n", "1e3,3e3", "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    runs = read_json(out)["runs"]
+    assert [run["n"] for run in runs] == [1000, 3000] and all(run["f1"] > 0.95 and run["peak_gib"] > 0 for run in runs)
+    for wrong in ("x", "10"):
+        assert "--n" in str(CliRunner().invoke(app, ["bench", "group", "--n", wrong]).exception)
