@@ -12,18 +12,19 @@ import typer
 
 from easyref import records
 from easyref.records import atomic_folder, read_json, sha256_file, write_json
+from easyref.runtime import MANIFEST
 
-MANIFEST = "manifest.json"
 VERSIONS = ("torch", "diffusers", "onnx", "onnxscript", "onnxruntime")
 
 
-def inputs_of(checkpoint: Path, opset: int, tolerance: float) -> dict:
+def inputs_of(checkpoint: Path, opset: int, tolerance: float, image_tolerance: float) -> dict:
     """All that the graphs and what is said of them depend on."""
     base = sorted(path for path in (checkpoint.parent / "base").rglob("*") if path.is_file())
     code = sorted([*Path(__file__).parent.glob("*.py"), *(Path(records.__file__).parent / "model").glob("*.py")])
     files = {str(path.relative_to(checkpoint.parent)): sha256_file(path) for path in [*sorted(checkpoint.iterdir()), *base]}
     return {
-        "opset": opset, "tolerance": tolerance, "files": files, "code": [sha256_file(path) for path in code],
+        "opset": opset, "tolerance": tolerance, "image_tolerance": image_tolerance, "files": files,
+        "code": [sha256_file(path) for path in code],
         "versions": {name: version(name) for name in VERSIONS},
     }  # fmt: skip
 
@@ -42,13 +43,14 @@ def run(
     out: Annotated[Path, typer.Argument(help="Folder for the graphs.")] = Path("out/onnx"),
     opset: Annotated[int, typer.Option(min=18, max=24)] = 20,
     tolerance: Annotated[float, typer.Option(min=0, help="Largest difference to torch, of an output's largest value.")] = 1e-4,
+    image_tolerance: Annotated[float, typer.Option(min=0, help="Largest difference of whole images, grey levels of 255.")] = 2,
 ) -> None:
     """ONNX graphs of a checkpoint, verified against torch."""
     from easyref.pipeline import EasyRef
     from export.graphs import export_graph, graphs
-    from export.verify import verify
+    from export.verify import verify, verify_images
 
-    inputs = inputs_of(checkpoint, opset, tolerance)
+    inputs = inputs_of(checkpoint, opset, tolerance, image_tolerance)
     if fresh(out, inputs):
         print(f"{out}: up to date")
         return
@@ -66,6 +68,9 @@ def run(
             print(f"{graph.name}: {size:.1f} MiB in {seconds:.0f} s; {len(found)} cases, at most {worst.largest:.1e} off")
         files = {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
         write_json(folder / MANIFEST, {"inputs": inputs, "files": files, "verified": rows})
+        levels = verify_images(easyref, checkpoint, folder, image_tolerance)
+        print(f"images: at most {levels:.0f} of 255 off")
+        write_json(folder / MANIFEST, {"inputs": inputs, "files": files, "verified": rows, "images_off": levels})
     print(f"{out}: {', '.join(files)}")
 
 

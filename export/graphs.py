@@ -5,6 +5,8 @@ unet          sample, timestep, encoder_hidden_states, text_embeds, time_ids, re
 reference_kv  tokens, scale → packed keys and values of all layers. λ is folded into the values (the output is linear in them), so the
               UNet needs no scale input and a scale per layer costs nothing.
 vae_decoder   latents → image.
+vision, prefix, aggregator
+              the reference encoder in three parts (easyref/model/flat.py), for any number and size of references.
 
 Letters: B batch · T reference tokens · X cross-attention width · W packed keys and values · C,h,w latents · L text tokens.
 """
@@ -17,10 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from easyref.model.attention import kv_layout, pack_reference_kv, packed_width, reference_kv
+from easyref.model.flat import Aggregator, Prefix, Vision, flat_inputs
 from easyref.pipeline import EasyRef
 
 MAX_BATCH = 16  # the exporter needs a bound below 64, where diffusers' upsampling takes another branch
@@ -69,13 +74,14 @@ class Decoder(nn.Module):
 
 @dataclass(frozen=True)
 class Graph:
-    """One graph: module, example inputs by name, which of their axes are free, names of the outputs."""
+    """One graph: module, example inputs by name, which of their axes are free, name of the output."""
 
     name: str
     module: nn.Module
     inputs: dict[str, Tensor]
     free: dict[str, dict[int, Any]]
-    outputs: Sequence[str]
+    output: str
+    cases: Sequence[tuple[str, dict[str, Tensor]]] = ()  # inputs to verify with; none: they are drawn
 
 
 def graphs(easyref: EasyRef) -> list[Graph]:
@@ -101,14 +107,57 @@ def graphs(easyref: EasyRef) -> list[Graph]:
         Graph(
             "unet", UNet(unet), unet_inputs,
             {"sample": {0: b, 2: h, 3: w}, "timestep": {}, "encoder_hidden_states": {0: b, 1: length}, "text_embeds": {0: b},
-             "time_ids": {0: b}, "reference_kv": {0: b}}, ["noise"],
+             "time_ids": {0: b}, "reference_kv": {0: b}}, "noise",
         ),
         Graph(
             "reference_kv", ReferenceKV(unet), {"tokens": draw(2, tokens_T, c.cross_attention_dim), "scale": torch.ones(len(layout))},
-            {"tokens": {0: b}, "scale": {}}, ["reference_kv"],
+            {"tokens": {0: b}, "scale": {}}, "reference_kv",
         ),
-        Graph("vae_decoder", Decoder(vae), {"latents": latents}, {"latents": {0: b, 2: h, 3: w}}, ["image"]),
+        Graph("vae_decoder", Decoder(vae), {"latents": latents}, {"latents": {0: b, 2: h, 3: w}}, "image"),
+        *encoder_graphs(easyref),
     ]  # fmt: skip
+
+
+#: Number of references of each sample of a batch that is verified.
+REFERENCES = ((2, 3), (1,), (2,), (8, 1), (24,))
+
+
+@torch.no_grad()
+def encoder_graphs(easyref: EasyRef) -> list[Graph]:
+    """Cases are batches of images of several sizes and prompts of several lengths, through the processor of a real run."""
+    encoder = easyref.encoder.eval()
+    vision, prefix, aggregator = Vision(encoder), Prefix(encoder), Aggregator(encoder)
+    rng = np.random.default_rng(0)
+    found: dict[str, list[tuple[str, dict[str, Tensor]]]] = {"vision": [], "prefix": [], "aggregator": []}
+    for counts in REFERENCES:
+        if max(counts) > encoder.config.max_references:
+            continue
+        sizes = [[tuple(rng.integers(48, 144, 2)) for _ in range(count)] for count in counts]
+        images = [[Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)) for size in own] for own in sizes]
+        prompts = ["a cat in blue, standing on a chair", "farmer"][: len(counts)]
+        inputs = easyref.processor(images, prompts)
+        weights = [[1.0 + (i % 3) / 2 for i in range(count)] for count in counts]
+        see, read = flat_inputs(inputs, encoder.mllm, encoder.config.positions)
+        embeds = vision(**see)
+        states = prefix(image_embeds=embeds, **read)
+        label = f"{' and '.join(map(str, counts))} references"
+        found["vision"].append((label, see))
+        found["prefix"].append((label, {"input_ids": read.pop("input_ids"), "image_embeds": embeds, **read}))
+        bias = easyref.processor.bias(inputs, weights).to(states.dtype)
+        found["aggregator"].append((label, {"states": states, "positions": read["positions"], "mask": read["mask"], "bias": bias}))
+    b, length, n = torch.export.Dim("b", min=1, max=MAX_BATCH), torch.export.Dim("l"), torch.export.Dim("n")
+    m = torch.export.Dim("m")
+    merged = encoder.config.merge_size**2 * m
+    free: dict[str, dict[str, dict[int, Any]]] = {
+        "vision": {"patches": {0: n, 1: merged}, "places": {0: n, 1: merged}, "patch_mask": {0: n, 1: merged}},
+        "prefix": {"input_ids": {0: b, 1: length}, "image_embeds": {0: n, 1: m}, "gather": {0: b, 1: length},
+                   "positions": {1: b, 2: length}, "mask": {0: b, 1: length}},
+        "aggregator": {"states": {0: b, 1: length}, "positions": {1: b, 2: length}, "mask": {0: b, 1: length},
+                       "bias": {0: b, 1: length}},
+    }  # fmt: skip
+    outputs = {"vision": "image_embeds", "prefix": "states", "aggregator": "tokens"}
+    modules: dict[str, nn.Module] = {"vision": vision, "prefix": prefix, "aggregator": aggregator}
+    return [Graph(name, modules[name], found[name][0][1], free[name], outputs[name], found[name]) for name in modules]
 
 
 @torch.no_grad()
@@ -119,7 +168,7 @@ def export_graph(graph: Graph, path: Path, opset: int) -> None:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it says for every operator that torchvision is missing
     program = torch.onnx.export(
         graph.module.eval(), (), kwargs=graph.inputs, dynamo=True, opset_version=opset, input_names=list(graph.inputs),
-        output_names=list(graph.outputs), dynamic_shapes=graph.free, external_data=False, verbose=False,
+        output_names=[graph.output], dynamic_shapes=graph.free, external_data=False, verbose=False,
     )  # fmt: skip
     assert program is not None
     model = program.model_proto

@@ -178,6 +178,9 @@ def generate(
     guidance: Annotated[float, typer.Option(min=1.0, max=50.0)] = 3.0,
     scale: Annotated[float, typer.Option(min=0.0, max=10.0, help="Strength of the references.")] = 1.0,
     out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("out"),
+    backend: Annotated[Literal["torch", "onnxruntime"], typer.Option(help="What draws.")] = "torch",
+    graphs: Annotated[Path | None, typer.Option(help="Exported graphs; default: those of the pulled model, else out/onnx.")] = None,
+    provider: Annotated[str, typer.Option(help="Of ONNX Runtime: cpu, cuda, tensorrt.")] = "cpu",
 ) -> None:
     """New images that keep what the references have in common."""
     from easyref.images import open_image, to_png
@@ -187,6 +190,7 @@ def generate(
     from easyref.pipeline import EasyRef, Request
     from easyref.progress import track
     from easyref.records import write_bytes
+    from easyref.runtime import Engines
 
     if model.startswith("models:/"):
         from easyref.registry import cached
@@ -194,6 +198,7 @@ def generate(
         folder = cached(Path(), model)
     else:
         folder = Path(model)
+    attached = folder / "onnx" if (folder / "onnx").is_dir() else Path("out") / "onnx"
     if (folder / "checkpoint").is_dir():  # a bundle of the registry
         folder /= "checkpoint"
     limit = read_config(folder).reference.max_references
@@ -201,7 +206,7 @@ def generate(
         raise ValueError(f"{len(references)} references, the model takes at most {limit}; give fewer --ref")
     if weight and len(weight) != len(references):
         raise ValueError(f"{len(weight)} --weight for {len(references)} --ref; give one for each")
-    easyref = EasyRef.from_pretrained(folder)
+    easyref = EasyRef.from_pretrained(folder, engines=Engines(graphs or attached, provider) if backend == "onnxruntime" else None)
     easyref.check_prompt(prompt)
     images = []
     for start in track(range(seed, seed + num, 8), "generate", -(-num // 8), "batches"):

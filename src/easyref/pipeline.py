@@ -18,6 +18,7 @@ from PIL import Image
 from easyref.model import weights
 from easyref.model.adapter import Adapter
 from easyref.model.reference import ReferenceEncoder, ReferenceProcessor, null_image
+from easyref.runtime import Engines
 from easyref.seeds import torch_rng
 
 
@@ -37,13 +38,16 @@ class EasyRef:
 
     def __init__(self, pipe: Any, encoder: ReferenceEncoder, processor: ReferenceProcessor, adapter: Adapter) -> None:
         self.pipe, self.encoder, self.processor, self.adapter = pipe, encoder, processor, adapter
-        self._null: torch.Tensor | None = None
+        self._null: dict[float, torch.Tensor] = {}  # by scale
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, base: str | Path | None = None, dtype: torch.dtype = torch.float32) -> EasyRef:
+    def from_pretrained(
+        cls, folder: str | Path, base: str | Path | None = None, dtype: torch.dtype = torch.float32, engines: Engines | None = None
+    ) -> EasyRef:
         """Load a checkpoint folder and its base models, on the GPU when there is one.
 
         `base` is the folder that holds base models trained here (default: beside the checkpoint); hub ids need none.
+        `engines`: exported graphs that draw in place of torch (easyref/runtime.py).
         """
         from diffusers import StableDiffusionXLPipeline
 
@@ -51,8 +55,11 @@ class EasyRef:
         config = weights.read_config(folder)
         place = _base_place(config.base_id, Path(base) if base else folder.parent)
         pipe = StableDiffusionXLPipeline.from_pretrained(place, revision=config.base_revision, torch_dtype=dtype, add_watermarker=False)
-        pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-        return cls.attach(pipe, folder, base, dtype)
+        pipe.to("cuda" if torch.cuda.is_available() and not engines else "cpu")
+        easyref = cls.attach(pipe, folder, base, dtype)
+        if engines:
+            engines.install(easyref)
+        return easyref
 
     @classmethod
     def attach(cls, pipe: Any, folder: str | Path, base: str | Path | None = None, dtype: torch.dtype = torch.float32) -> EasyRef:
@@ -102,9 +109,9 @@ class EasyRef:
         """
         for request in requests:
             self.check_prompt(request.prompt)
-        positive = self.encode([r.references for r in requests], [r.prompt for r in requests], [r.weights for r in requests])
-        payload = torch.cat([self._null_payload(requests), positive]) if guidance > 1 else positive
         self.adapter.set_scale(scale)
+        positive = self.encode([r.references for r in requests], [r.prompt for r in requests], [r.weights for r in requests])
+        payload = torch.cat([self._null_payload(requests, scale), positive]) if guidance > 1 else positive
         default = self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
         with self._embeds_per_request(payload):
             return self.pipe(
@@ -137,14 +144,14 @@ class EasyRef:
                     f"prompt of {length} tokens is over the text encoder's limit of {tokenizer.model_max_length}; shorten it"
                 )
 
-    def _null_payload(self, requests: Sequence[Request]) -> torch.Tensor:
+    def _null_payload(self, requests: Sequence[Request], scale: float) -> torch.Tensor:
         """The unconditional branch: null reference with the negative prompt (method.md §3)."""
         negatives = [r.negative_prompt for r in requests]
         if any(negatives):
             return self.encode([[]] * len(requests), negatives)
-        if self._null is None:
-            self._null = self.encode([[]], [""])
-        return self._null.expand(len(requests), -1, -1, -1)
+        if scale not in self._null:
+            self._null = {scale: self.encode([[]], [""])}
+        return self._null[scale].expand(len(requests), -1, -1, -1)
 
 
 def _base_place(model_id: str, folder: Path) -> str:

@@ -1,25 +1,32 @@
 """ONNX graphs of the shipped weights against torch; what is stale, wrong or falls back is found."""
 
+import shutil
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
+from PIL import Image
+from typer.testing import CliRunner
 
+from easyref.cli import app
 from easyref.pipeline import EasyRef
+from easyref.runtime import Engine, EngineError, Engines
 from export.__main__ import fresh, inputs_of, run
 from export.graphs import Graph, graphs
-from export.verify import VerifyError, cases, session, verify
+from export.verify import VerifyError, cases, verify, verify_images
 
 pytestmark = pytest.mark.long
 torch.set_num_threads(1)
 CHECKPOINT = Path("models/pretrain")
+HOW = (20, 1e-4, 2.0)  # opset, tolerance of an output, of an image
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("export") / "onnx"
-    run(CHECKPOINT, out, 20, 1e-4)
+    run(CHECKPOINT, out, *HOW)
     return out
 
 
@@ -32,6 +39,7 @@ def test_graphs_equal_torch_and_carry_no_paths(out: Path, made: dict[str, Graph]
     for name, graph in made.items():
         found = verify(graph, out / f"{name}.onnx", 1e-4)
         assert len({d.case for d in found}) == len(list(cases(graph))) >= 3
+        assert name not in ("vision", "prefix", "aggregator") or "24 references" in {d.case for d in found}
         assert str(Path.cwd()).encode() not in (out / f"{name}.onnx").read_bytes()
         model = onnx.load(out / f"{name}.onnx")
         assert [i.name for i in model.graph.input] == list(graph.inputs)
@@ -47,15 +55,17 @@ def test_other_weights_are_found_out_by_name_and_size(out: Path, made: dict[str,
 
 
 def test_a_provider_that_is_not_there_is_an_error(out: Path) -> None:
-    with pytest.raises(VerifyError, match=r"asked for CUDAExecutionProvider, ONNX Runtime took CPUExecutionProvider"):
-        session(out / "reference_kv.onnx", "CUDAExecutionProvider")
+    with pytest.raises(EngineError, match=r"asked for CUDAExecutionProvider, ONNX Runtime took CPUExecutionProvider"):
+        Engine(out / "reference_kv.onnx", "CUDAExecutionProvider")
+    with pytest.raises(EngineError, match=r"provider 'npu': not one of cpu, cuda, tensorrt"):
+        Engines(out, "npu")
 
 
 def test_stale_or_torn_graphs_are_not_reused(out: Path, capsys: pytest.CaptureFixture) -> None:
-    inputs = inputs_of(CHECKPOINT, 20, 1e-4)
-    run(CHECKPOINT, out, 20, 1e-4)
+    inputs = inputs_of(CHECKPOINT, *HOW)
+    run(CHECKPOINT, out, *HOW)
     assert "up to date" in capsys.readouterr().out
-    assert not fresh(out, inputs_of(CHECKPOINT, 21, 1e-4))
+    assert not fresh(out, inputs_of(CHECKPOINT, 21, *HOW[1:]))
     assert not fresh(out, inputs | {"files": {}})
     path = out / "vae_decoder.onnx"
     data = path.read_bytes()
@@ -63,3 +73,33 @@ def test_stale_or_torn_graphs_are_not_reused(out: Path, capsys: pytest.CaptureFi
     assert not fresh(out, inputs)
     path.write_bytes(data)
     assert fresh(out, inputs)
+
+
+def test_generate_draws_with_the_graphs(out: Path, tmp_path: Path) -> None:
+    for name, colour in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", (70, 50), colour).save(tmp_path / f"{name}.png")
+    words = ["generate", "--model", str(CHECKPOINT), "--prompt", "farmer", "--steps", "3", "--weight", "2", "--weight", "0.5"]
+    words += [part for name in ("a", "b") for part in ("--ref", str(tmp_path / f"{name}.png"))]
+    for backend in ("torch", "onnxruntime"):
+        done = CliRunner().invoke(app, [*words, "--backend", backend, "--graphs", str(out), "--out", str(tmp_path / backend)])
+        assert done.exit_code == 0, done.output
+    ours, theirs = (np.asarray(Image.open(tmp_path / b / "0.png"), np.float64) for b in ("torch", "onnxruntime"))
+    assert ours.std() > 5 and np.abs(ours - theirs).max() <= 2
+
+
+def test_other_images_are_found_out(out: Path) -> None:
+    easyref = EasyRef.from_pretrained(CHECKPOINT)
+    with torch.no_grad():
+        easyref.encoder.reference_tokens.mul_(3)
+    with pytest.raises(VerifyError, match=r"images of \d references at scale 0.5: \d+ of 255 off; allowed 2"):
+        verify_images(easyref, CHECKPOINT, out, 2)
+
+
+def test_graphs_that_are_not_whole_are_refused(out: Path, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="no graphs; make them with"):
+        Engines(tmp_path)
+    torn = tmp_path / "torn"
+    shutil.copytree(out, torn)
+    (torn / "vision.onnx").write_bytes((torn / "vision.onnx").read_bytes()[:-1])
+    with pytest.raises(EngineError, match="vision.onnx: missing or not what was written"):
+        Engines(torn)

@@ -280,7 +280,7 @@ class ReferenceEncoder(nn.Module):
         The same numbers as the whole layer on L + T tokens, of which only the last T outputs are used.
         """
         layer, dtype = self.final_layer, self.reference_tokens.dtype
-        tokens_BTD = self.reference_tokens.expand(len(prefix.states_BLD), -1, -1)
+        tokens_BTD = self.reference_tokens.expand(prefix.states_BLD.shape[0], -1, -1)  # len() would fix it in an export
         all_BSD = torch.cat([prefix.states_BLD.to(dtype), tokens_BTD], dim=1)
         tokens_BTD = tokens_BTD + self._attention(layer.input_layernorm(all_BSD), prefix, bias_BL)
         tokens_BTD = tokens_BTD + layer.mlp(layer.post_attention_layernorm(tokens_BTD))
@@ -318,11 +318,11 @@ class ReferenceEncoder(nn.Module):
         """Attention output [B, T, D] of the reference tokens over S = L + T tokens, with explicit mask and positions."""
         attn, num_tokens = self.final_layer.self_attn, self.config.num_tokens
         cos_BSE, sin_BSE = self.rotary(normed_BSD, _extend_positions(prefix, num_tokens))
-        q_BHTE = _heads(attn.q_proj(normed_BSD[:, -num_tokens:]), attn.head_dim)
-        k_BGSE = _heads(attn.k_proj(normed_BSD), attn.head_dim)
-        v_BGSE = _heads(attn.v_proj(normed_BSD), attn.head_dim)
-        q_BHTE = _rotate(q_BHTE, cos_BSE[:, -num_tokens:], sin_BSE[:, -num_tokens:])
-        k_BGSE = _rotate(k_BGSE, cos_BSE, sin_BSE)
+        q_BHTE = heads(attn.q_proj(normed_BSD[:, -num_tokens:]), attn.head_dim)
+        k_BGSE = heads(attn.k_proj(normed_BSD), attn.head_dim)
+        v_BGSE = heads(attn.v_proj(normed_BSD), attn.head_dim)
+        q_BHTE = rotate(q_BHTE, cos_BSE[:, -num_tokens:], sin_BSE[:, -num_tokens:])
+        k_BGSE = rotate(k_BGSE, cos_BSE, sin_BSE)
         mask_B1TS = _attention_mask(prefix.mask_BL, num_tokens, self.config.final_layer_attention == "causal")
         if bias_BL is not None:
             bias_B11S = F.pad(bias_BL.to(q_BHTE), (0, num_tokens))[:, None, None]
@@ -390,14 +390,14 @@ def _attention_mask(mask_BL: Tensor, num_tokens: int, causal: bool) -> Tensor:
     among_TT = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=mask_BL.device)
     among_TT = among_TT.tril() if causal else among_TT
     context_BTL = mask_BL.bool()[:, None].expand(-1, num_tokens, -1)
-    return torch.cat([context_BTL, among_TT.expand(len(mask_BL), -1, -1)], dim=-1)[:, None]
+    return torch.cat([context_BTL, among_TT.expand(mask_BL.shape[0], -1, -1)], dim=-1)[:, None]
 
 
-def _heads(x_BSF: Tensor, head_dim: int) -> Tensor:
+def heads(x_BSF: Tensor, head_dim: int) -> Tensor:
     """[B, S, heads * E] -> [B, heads, S, E]."""
     return x_BSF.unflatten(-1, (-1, head_dim)).transpose(1, 2)
 
 
-def _rotate(x_BHSE: Tensor, cos_BSE: Tensor, sin_BSE: Tensor) -> Tensor:
+def rotate(x_BHSE: Tensor, cos_BSE: Tensor, sin_BSE: Tensor) -> Tensor:
     """Rotary position embedding (arXiv 2104.09864) in the half-split layout of Qwen2."""
     return x_BHSE * cos_BSE[:, None] + rotate_half(x_BHSE) * sin_BSE[:, None]

@@ -1,0 +1,110 @@
+"""An EasyRef that draws with exported graphs in place of its torch modules.
+
+An engine is a callable with the signature of the torch module that it stands for: `Engines` makes those of a folder of graphs, and
+`EasyRef` uses them where it would call the UNet, the reference encoder, the reference keys and values and the VAE decoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from easyref.model.flat import flat_inputs
+from easyref.model.reference import ReferenceInputs
+from easyref.records import read_json, sha256_file
+
+MANIFEST = "manifest.json"
+NAMES = ("unet", "reference_kv", "vae_decoder", "vision", "prefix", "aggregator")
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+
+
+class EngineError(RuntimeError):
+    """Graphs that cannot be used here; the message says what is wrong and the fix."""
+
+
+class Engine:
+    """One ONNX graph in ONNX Runtime: tensors in by name, one tensor out."""
+
+    def __init__(self, path: Path, provider: str = "CPUExecutionProvider", threads: int = 0) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        self.session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
+        if self.session.get_providers()[0] != provider:  # it falls back without a word
+            taken = self.session.get_providers()[0]
+            raise EngineError(f"{path}: asked for {provider}, ONNX Runtime took {taken}; install what {provider} needs")
+
+    def __call__(self, **inputs: Tensor) -> Tensor:
+        feed = {name: value.detach().cpu().contiguous().numpy() for name, value in inputs.items()}
+        return torch.from_numpy(self.session.run(None, feed)[0])
+
+
+class Engines:
+    """The graphs of a folder that `python -m export` wrote, checked against its manifest."""
+
+    def __init__(self, folder: Path, provider: str = "cpu", threads: int = 0) -> None:
+        if not (folder / MANIFEST).exists():
+            raise EngineError(f"{folder}: no graphs; make them with `python -m export CHECKPOINT {folder}`")
+        if provider not in PROVIDERS:
+            raise EngineError(f"provider {provider!r}: not one of {', '.join(PROVIDERS)}")
+        files = read_json(folder / MANIFEST)["files"]
+        for name, digest in files.items():
+            if not (folder / name).exists() or sha256_file(folder / name) != digest:
+                raise EngineError(f"{folder / name}: missing or not what was written; make the graphs again")
+        missing = [name for name in NAMES if f"{name}.onnx" not in files]
+        if missing:
+            raise EngineError(f"{folder}: no graph {missing[0]}; it was written by an older version, make the graphs again")
+        self.engines = {name: Engine(folder / f"{name}.onnx", PROVIDERS[provider], threads) for name in NAMES}
+        self.scale = 1.0
+
+    def install(self, easyref: Any) -> None:
+        """Take the place of the torch modules of `easyref`."""
+        pipe = easyref.pipe
+        easyref.encoder.forward = self._encoder(easyref.encoder)
+        easyref.adapter.payload, easyref.adapter.set_scale = self.payload, self.set_scale
+        pipe.unet.forward, pipe.vae.decode = self._unet, self._decoder(pipe.vae.config.scaling_factor)
+
+    def set_scale(self, scale: float) -> None:
+        self.scale = scale
+
+    def payload(self, tokens_BTX: Tensor) -> Tensor:
+        """Packed keys and values [B, 1, T, W]; the scale is in the values."""
+        layers = self.engines["reference_kv"].session.get_inputs()[1].shape[0]
+        return self.engines["reference_kv"](tokens=tokens_BTX, scale=torch.full((layers,), float(self.scale)))[:, None]
+
+    def _encoder(self, encoder: Any) -> Callable[..., Tensor]:
+        def forward(inputs: ReferenceInputs, bias_BL: Tensor | None = None) -> Tensor:
+            see, read = flat_inputs(inputs, encoder.mllm, encoder.config.positions)
+            embeds = self.engines["vision"](**see)
+            states = self.engines["prefix"](image_embeds=embeds, **read)
+            bias = torch.zeros(read["mask"].shape) if bias_BL is None else bias_BL
+            return self.engines["aggregator"](states=states, positions=read["positions"], mask=read["mask"], bias=bias.to(states.dtype))
+
+        return forward
+
+    def _unet(
+        self, sample: Tensor, timestep: Tensor | float, encoder_hidden_states: Tensor, *_: Any, added_cond_kwargs: dict[str, Any],
+        return_dict: bool = True, **given: Any,
+    ) -> tuple[Tensor]:  # fmt: skip
+        unknown = [name for name, value in given.items() if value is not None]
+        if unknown or return_dict:
+            raise EngineError(f"the exported UNet takes no {unknown[0] if unknown else 'return_dict'}; draw with torch")
+        (kv,) = added_cond_kwargs["image_embeds"]
+        return (
+            self.engines["unet"](
+                sample=sample, timestep=torch.as_tensor(timestep).long(), encoder_hidden_states=encoder_hidden_states,
+                text_embeds=added_cond_kwargs["text_embeds"], time_ids=added_cond_kwargs["time_ids"].to(sample.dtype),
+                reference_kv=kv[:, 0],
+            ),
+        )  # fmt: skip
+
+    def _decoder(self, scaling: float) -> Callable[..., tuple[Tensor]]:
+        def decode(latents: Tensor, return_dict: bool = True, **_: Any) -> tuple[Tensor]:
+            return (self.engines["vae_decoder"](latents=latents * scaling),)  # the graph divides by it
+
+        return decode
