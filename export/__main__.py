@@ -12,7 +12,7 @@ import typer
 
 from easyref import records
 from easyref.records import atomic_folder, read_json, sha256_file, write_json
-from easyref.runtime import MANIFEST
+from easyref.runtime import MANIFEST, Engine
 
 VERSIONS = ("torch", "diffusers", "onnx", "onnxscript", "onnxruntime")
 
@@ -46,31 +46,34 @@ def run(
     image_tolerance: Annotated[float, typer.Option(min=0, help="Largest difference of whole images, grey levels of 255.")] = 2,
 ) -> None:
     """ONNX graphs of a checkpoint, verified against torch."""
+    if not checkpoint.is_dir():
+        raise FileNotFoundError(f"{checkpoint}: no such checkpoint; `make run` trains one, or name another")
     from easyref.pipeline import EasyRef
-    from export.graphs import export_graph, graphs
+    from export.graphs import export_graph, graphs, shapes_of
     from export.verify import verify, verify_images
 
     inputs = inputs_of(checkpoint, opset, tolerance, image_tolerance)
     if fresh(out, inputs):
         print(f"{out}: up to date")
         return
-    easyref = EasyRef.from_pretrained(checkpoint)
+    easyref = EasyRef.from_pretrained(checkpoint, device="cpu")
     rows = []
     with atomic_folder(out) as folder:
         for graph in graphs(easyref):
             begin = time.monotonic()
             path = folder / f"{graph.name}.onnx"
             export_graph(graph, path, opset)
-            found = verify(graph, path, tolerance)
+            found = verify(graph, Engine(path), tolerance)
             worst = max(found, key=lambda d: d.largest)
             rows.append({"graph": graph.name, "cases": len(found), "largest": worst.largest, "at": worst.case})
             size, seconds = path.stat().st_size / 2**20, time.monotonic() - begin
             print(f"{graph.name}: {size:.1f} MiB in {seconds:.0f} s; {len(found)} cases, at most {worst.largest:.1e} off")
         files = {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
-        write_json(folder / MANIFEST, {"inputs": inputs, "files": files, "verified": rows})
+        about = {"inputs": inputs, "files": files, "shapes": shapes_of(easyref), "verified": rows}
+        write_json(folder / MANIFEST, about)
         levels = verify_images(easyref, checkpoint, folder, image_tolerance)
         print(f"images: at most {levels:.0f} of 255 off")
-        write_json(folder / MANIFEST, {"inputs": inputs, "files": files, "verified": rows, "images_off": levels})
+        write_json(folder / MANIFEST, {**about, "images_off": levels})
     print(f"{out}: {', '.join(files)}")
 
 

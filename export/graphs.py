@@ -118,6 +118,19 @@ def graphs(easyref: EasyRef) -> list[Graph]:
     ]  # fmt: skip
 
 
+def shapes_of(easyref: EasyRef) -> dict[str, Any]:
+    """What an engine's profile needs to know of the model: numbers of the manifest."""
+    c = easyref.encoder.config
+    side = c.patch_size * c.merge_size
+    least, most = c.min_pixels // side**2, c.max_pixels // side**2
+    text = len(easyref.processor.text([1], "")) - 1
+    return {
+        "layers": len(kv_layout(easyref.pipe.unet)), "vae_factor": easyref.pipe.vae_scale_factor,
+        "merged": [max(1, least // 2), most, 2 * most],  # a long, narrow image passes the bounds on both sides
+        "around": text + 3 * c.max_references,
+    }  # fmt: skip
+
+
 #: Number of references of each sample of a batch that is verified.
 REFERENCES = ((2, 3), (1,), (2,), (8, 1), (24,))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from easyref.pipeline import EasyRef, Request
-from easyref.runtime import Engine, Engines
+from easyref.runtime import Engines
 from export.graphs import Graph
 
 
@@ -54,16 +54,16 @@ def cases(graph: Graph) -> Iterator[tuple[str, dict[str, Tensor]]]:
 
 
 @torch.no_grad()
-def verify(graph: Graph, path: Path, tolerance: float) -> list[Difference]:
-    """All cases of one graph.
+def verify(graph: Graph, run: Callable[..., Tensor], tolerance: float) -> list[Difference]:
+    """All cases of one graph, run by an engine of it.
 
     Raises:
         VerifyError: the first output that differs by more than `tolerance` of its largest value, or is not finite.
     """
-    run, found = Engine(path), []
+    found = []
     for case, inputs in cases(graph):
         ours, theirs = graph.module(**inputs), run(**inputs)
-        largest = (theirs.double() - ours.double()).abs().max().item() / (ours.abs().max().item() or 1.0)
+        largest = (theirs.cpu().double() - ours.double()).abs().max().item() / (ours.abs().max().item() or 1.0)
         if not largest <= tolerance:  # also not a number
             raise VerifyError(
                 f"{graph.name}: {graph.output} differs by {largest:.2e} of its largest value at {case}; allowed {tolerance:.0e}"
@@ -79,7 +79,7 @@ def verify_images(torch_easyref: EasyRef, checkpoint: Path, folder: Path, tolera
         VerifyError: more than `tolerance`.
     """
     rng = np.random.default_rng(0)
-    engines = EasyRef.from_pretrained(checkpoint, engines=Engines(folder))
+    engines = EasyRef.from_pretrained(checkpoint, engines=Engines.onnxruntime(folder))
     most = torch_easyref.encoder.config.max_references
     pictures = [Image.fromarray(rng.integers(0, 256, (64, 80, 3), np.uint8)) for _ in range(min(8, most))]
     worst = 0.0

@@ -91,8 +91,12 @@ def test_command(command: str, place: Path) -> None:
             assert shown.exit_code == 0 and f"{verb} [OPTIONS]" in shown.output
     elif any(word.startswith("models:/") for word in words) or words[1] in ("release", "pull", "promote", "rollback", "trace"):
         assert words[1] in VERBS  # by tests/flows/test_services.py
-    elif words[1] in ("upstream", "bench"):  # by a test of its own
-        assert any(f'["{words[1]}", ' in path.read_text() for path in (ROOT / "tests" / "data").glob("*.py"))
+    elif words[1] in ("upstream", "bench", "export", "trt"):  # by a test of its own
+        assert any(
+            f'["{words[1]}", ' in path.read_text() for path in (ROOT / "tests").rglob("test_*.py") if path.name != Path(__file__).name
+        )
+    elif "--backend" in words:  # by tests/export; tensorrt where a GPU is
+        assert '"--backend"' in (ROOT / "tests" / "export" / "test_export.py").read_text()
     elif "--ref" in words:
         generate(words, place)
     elif words[1:] == ["generate"]:

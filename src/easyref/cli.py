@@ -20,10 +20,14 @@ app = typer.Typer(
 bench = typer.Typer(help="Measure, and write the figures to benchmarks/.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
+trt = typer.Typer(help="TensorRT engines of the exported graphs.", no_args_is_help=True)
+app.add_typer(trt, name="trt")
+
 DATA, MODELS, METRICS = Path("data"), Path("models"), Path("metrics")
 WORK = Path(".work")
 ParamsFile = Annotated[Path, typer.Option("--params", help="Parameter file.")]
 PARAMS = Path("params.yaml")
+GRAPHS, ENGINES = Path("out/onnx"), Path("out/engines")
 
 
 @app.command()
@@ -178,20 +182,16 @@ def generate(
     guidance: Annotated[float, typer.Option(min=1.0, max=50.0)] = 3.0,
     scale: Annotated[float, typer.Option(min=0.0, max=10.0, help="Strength of the references.")] = 1.0,
     out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("out"),
-    backend: Annotated[Literal["torch", "onnxruntime"], typer.Option(help="What draws.")] = "torch",
+    backend: Annotated[Literal["torch", "onnxruntime", "tensorrt"], typer.Option(help="What draws.")] = "torch",
     graphs: Annotated[Path | None, typer.Option(help="Exported graphs; default: those of the pulled model, else out/onnx.")] = None,
+    engines: Annotated[Path, typer.Option(help="Engines of `easyref trt build`.")] = ENGINES,
     provider: Annotated[str, typer.Option(help="Of ONNX Runtime: cpu, cuda, tensorrt.")] = "cpu",
+    cuda_graph: Annotated[bool, typer.Option("--use-cuda-graph", help="Replay the steps of an engine (TensorRT).")] = False,
 ) -> None:
     """New images that keep what the references have in common."""
     from easyref.images import open_image, to_png
 
     references = [open_image(path) for path in ref]
-    from easyref.model.weights import read_config
-    from easyref.pipeline import EasyRef, Request
-    from easyref.progress import track
-    from easyref.records import write_bytes
-    from easyref.runtime import Engines
-
     if model.startswith("models:/"):
         from easyref.registry import cached
 
@@ -201,12 +201,27 @@ def generate(
     attached = folder / "onnx" if (folder / "onnx").is_dir() else Path("out") / "onnx"
     if (folder / "checkpoint").is_dir():  # a bundle of the registry
         folder /= "checkpoint"
+    if not folder.is_dir():  # before the imports that take seconds
+        raise FileNotFoundError(f"{folder}: no such checkpoint; `make run` trains one, or name another with --model")
+    from easyref.model.weights import read_config
+    from easyref.pipeline import EasyRef, Request
+    from easyref.progress import track
+    from easyref.records import write_bytes
+    from easyref.runtime import Engines
+
+    drawn_by: Engines | None = None
+    if backend == "onnxruntime":
+        drawn_by = Engines.onnxruntime(graphs or attached, provider)
+    if backend == "tensorrt":
+        from easyref.trt import engines as load
+
+        drawn_by = load(graphs or attached, engines, cuda_graph)
     limit = read_config(folder).reference.max_references
     if len(references) > limit:
         raise ValueError(f"{len(references)} references, the model takes at most {limit}; give fewer --ref")
     if weight and len(weight) != len(references):
         raise ValueError(f"{len(weight)} --weight for {len(references)} --ref; give one for each")
-    easyref = EasyRef.from_pretrained(folder, engines=Engines(graphs or attached, provider) if backend == "onnxruntime" else None)
+    easyref = EasyRef.from_pretrained(folder, engines=drawn_by)
     easyref.check_prompt(prompt)
     images = []
     for start in track(range(seed, seed + num, 8), "generate", -(-num // 8), "batches"):
@@ -216,6 +231,156 @@ def generate(
         path = out / f"{seed + number}.png"
         write_bytes(path, to_png(image))
         print(path)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder; its base models beside it.")] = MODELS / "finetune_multi",
+    out: Annotated[Path, typer.Argument(help="Folder for the graphs.")] = GRAPHS,
+    opset: Annotated[int, typer.Option(min=18, max=24)] = 20,
+) -> None:
+    """A checkpoint → ONNX graphs, each and whole images compared with torch (`python -m export` has more options)."""
+    _project()
+    from export.__main__ import run
+
+    run(checkpoint, out, opset, 1e-4, 2)
+
+
+def _project() -> None:
+    """The build programs lie in the project, not in the package."""
+    if not Path("export").is_dir():
+        raise FileNotFoundError("export/: not here; run this in the project's folder")
+    sys.path.insert(0, str(Path.cwd()))
+
+
+Graphs = Annotated[Path, typer.Option("--onnx-dir", help="Folder of `easyref export`.")]
+Plans = Annotated[Path, typer.Option("--engine-dir", help="Folder of the engines.")]
+
+
+Provider = Annotated[Literal["tensorrt", "cpu", "cuda"], typer.Option(help="tensorrt: engines; cpu, cuda: ONNX Runtime.")]
+
+
+@trt.command("build")
+def trt_build(
+    graphs: Graphs = GRAPHS,
+    plans: Plans = ENGINES,
+    batch: Annotated[str, typer.Option(help="Images at once: one number, or least:usual:largest.")] = "1:1:4",
+    size: Annotated[str, typer.Option(help="Pixels of height and width.")] = "512:1024:1360",
+    references: Annotated[str, typer.Option(help="References of a sample.")] = "1:4:28",
+    text: Annotated[str, typer.Option(help="Tokens of a prompt.")] = "77:77:154",
+    optimization_level: Annotated[int, typer.Option("--builderOptimizationLevel", "--optimization-level", min=0, max=5)] = 3,
+    workspace: Annotated[int | None, typer.Option(min=1, help="Most scratch memory, MiB.")] = None,
+    timing_cache: Annotated[Path | None, typer.Option("--timingCacheFile", "--timing-cache")] = ENGINES / "timing.cache",
+    refit: Annotated[bool, typer.Option("--refit", help="Weights can be replaced later.")] = False,
+    strip_weights: Annotated[bool, typer.Option("--stripWeights", "--strip-weights")] = False,
+    weight_streaming: Annotated[bool, typer.Option("--allowWeightStreaming", "--weight-streaming")] = False,
+    version_compatible: Annotated[bool, typer.Option("--versionCompatible", "--version-compatible")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be built; needs no GPU.")] = False,
+) -> None:
+    """Engines of all graphs; those that fit what is asked for are kept."""
+    from easyref.progress import track
+    from easyref.trt import Options, Sizes, build, device, load, parse_range, steps
+
+    given = {"batch": batch, "size": size, "references": references, "text": text}
+    sizes = Sizes(**{name: parse_range(value, name) for name, value in given.items()})
+    options = Options(optimization_level, workspace, refit, strip_weights, weight_streaming, version_compatible)
+    here = ("any", "any") if dry_run else (load().__version__, device())
+    todo = steps(graphs, plans, sizes, options, *here)
+    if dry_run:
+        for step in todo:
+            print(f"{step.plan}, key {step.key[:12]}")
+            for name, shapes in step.shapes.shapes.items():
+                print(f"  {name}: " + ", ".join("x".join(map(str, shape)) or "scalar" for shape in shapes))
+        return
+    for step in track([step for step in todo if not step.fresh], "trt build", sum(not step.fresh for step in todo), "engines"):
+        build(step, options, timing_cache)
+    print(f"{plans}: {', '.join(step.name for step in todo)}")
+
+
+@trt.command("run")
+def trt_run(
+    ref: Annotated[list[Path], typer.Option("--ref", help="A reference image; repeat for more.")],
+    prompt: Annotated[str, typer.Option(help="What to draw.")] = "",
+    negative_prompt: Annotated[str, typer.Option("--negative-prompt")] = "",
+    model: Annotated[str, typer.Option(help="As of `easyref generate`.")] = str(MODELS / "finetune_multi"),
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    num: Annotated[int, typer.Option("--batch-size", min=1, max=64)] = 1,
+    steps: Annotated[int, typer.Option("--denoising-steps", min=1, max=1000)] = 30,
+    guidance: Annotated[float, typer.Option("--guidance-scale", min=1.0, max=50.0)] = 3.0,
+    scale: Annotated[float, typer.Option(min=0.0, max=10.0, help="Strength of the references.")] = 1.0,
+    out: Annotated[Path, typer.Option("--output-dir")] = Path("out"),
+    graphs: Graphs = GRAPHS,
+    plans: Plans = ENGINES,
+    provider: Annotated[
+        Literal["tensorrt", "cpu", "cuda"], typer.Option(help="tensorrt: engines; cpu, cuda: ONNX Runtime.")
+    ] = "tensorrt",
+    cuda_graph: Annotated[bool, typer.Option("--use-cuda-graph")] = False,
+) -> None:
+    """`easyref generate` with engines; the options have their names of NVIDIA's demo."""
+    backend: Literal["tensorrt", "onnxruntime"] = "tensorrt" if provider == "tensorrt" else "onnxruntime"
+    generate(
+        ref, None, prompt, negative_prompt, model, seed, num, steps, guidance, scale, out, backend, graphs, plans, provider, cuda_graph
+    )
+
+
+@trt.command("doctor")
+def trt_doctor(graphs: Graphs = GRAPHS) -> None:
+    """What engines need, what is here, and the fix for what is not."""
+    from easyref.trt import doctor
+
+    rows = doctor(graphs)
+    for name, good, found in rows:
+        print(f"{'ok     ' if good else 'MISSING'}  {name:<12} {found}")
+    if not all(good for _, good, _ in rows):
+        raise typer.Exit(1)
+
+
+@trt.command("inspect")
+def trt_inspect(plan: Annotated[Path, typer.Argument(help="An engine's file.")]) -> None:
+    """Layers of an engine, as TensorRT's JSON."""
+    from easyref.trt import inspect
+
+    if not plan.is_file():
+        raise FileNotFoundError(f"{plan}: no such engine; `easyref trt build`")
+    print(inspect(plan))
+
+
+@trt.command("refit")
+def trt_refit(plan: Annotated[Path, typer.Argument()], graph: Annotated[Path, typer.Argument(help="ONNX file.")]) -> None:
+    """Other weights of the same network into an engine that was built with --refit."""
+    from easyref.trt import refit
+
+    refit(plan, graph)
+    print(plan)
+
+
+@trt.command("verify")
+def trt_verify(
+    checkpoint: Annotated[Path, typer.Argument()] = MODELS / "finetune_multi",
+    graphs: Graphs = GRAPHS,
+    plans: Plans = ENGINES,
+    provider: Annotated[
+        Literal["tensorrt", "cpu", "cuda"], typer.Option(help="tensorrt: engines; cpu, cuda: ONNX Runtime.")
+    ] = "tensorrt",
+    tolerance: Annotated[float, typer.Option("--rtol", min=0, help="Of an output's largest value.")] = 1e-2,
+) -> None:
+    """Every engine against torch over batches, sizes, timesteps, references and scales."""
+    _project()
+    from easyref.pipeline import EasyRef
+    from easyref.runtime import Engines
+    from export.graphs import graphs as make
+    from export.verify import verify
+
+    if provider == "tensorrt":
+        from easyref.trt import engines as load
+
+        made = load(graphs, plans)
+    else:
+        made = Engines.onnxruntime(graphs, provider)
+    for graph in make(EasyRef.from_pretrained(checkpoint, device="cpu")):
+        found = verify(graph, made.engines[graph.name], tolerance)
+        worst = max(found, key=lambda d: d.largest)
+        print(f"{graph.name}: {len(found)} cases, at most {worst.largest:.1e} off, at {worst.case}")
 
 
 @app.command()

@@ -42,9 +42,10 @@ class EasyRef:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, base: str | Path | None = None, dtype: torch.dtype = torch.float32, engines: Engines | None = None
-    ) -> EasyRef:
-        """Load a checkpoint folder and its base models, on the GPU when there is one.
+        cls, folder: str | Path, base: str | Path | None = None, dtype: torch.dtype = torch.float32, engines: Engines | None = None,
+        device: str | None = None,
+    ) -> EasyRef:  # fmt: skip
+        """Load a checkpoint folder and its base models, on `device`; None: on the GPU when there is one.
 
         `base` is the folder that holds base models trained here (default: beside the checkpoint); hub ids need none.
         `engines`: exported graphs that draw in place of torch (easyref/runtime.py).
@@ -55,7 +56,7 @@ class EasyRef:
         config = weights.read_config(folder)
         place = _base_place(config.base_id, Path(base) if base else folder.parent)
         pipe = StableDiffusionXLPipeline.from_pretrained(place, revision=config.base_revision, torch_dtype=dtype, add_watermarker=False)
-        pipe.to("cuda" if torch.cuda.is_available() and not engines else "cpu")
+        pipe.to(engines.device if engines else device or ("cuda" if torch.cuda.is_available() else "cpu"))
         easyref = cls.attach(pipe, folder, base, dtype)
         if engines:
             engines.install(easyref)

@@ -1,12 +1,12 @@
 """An EasyRef that draws with exported graphs in place of its torch modules.
 
-An engine is a callable with the signature of the torch module that it stands for: `Engines` makes those of a folder of graphs, and
-`EasyRef` uses them where it would call the UNet, the reference encoder, the reference keys and values and the VAE decoder.
+An engine is a callable with the signature of the torch module that it stands for. `Engines` holds one for each graph, of ONNX Runtime
+or of TensorRT (trt.py), and `EasyRef` uses them where it would call UNet, reference encoder, reference keys and values and VAE decoder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,23 +44,38 @@ class Engine:
         return torch.from_numpy(self.session.run(None, feed)[0])
 
 
-class Engines:
-    """The graphs of a folder that `python -m export` wrote, checked against its manifest."""
+def check_graphs(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder of graphs that is whole.
 
-    def __init__(self, folder: Path, provider: str = "cpu", threads: int = 0) -> None:
-        if not (folder / MANIFEST).exists():
-            raise EngineError(f"{folder}: no graphs; make them with `python -m export CHECKPOINT {folder}`")
+    Raises:
+        EngineError: a graph that is missing or not the one that was written.
+    """
+    if not (folder / MANIFEST).exists():
+        raise EngineError(f"{folder}: no graphs; make them with `easyref export CHECKPOINT {folder}`")
+    manifest = read_json(folder / MANIFEST)
+    for name, digest in manifest["files"].items():
+        if not (folder / name).exists() or sha256_file(folder / name) != digest:
+            raise EngineError(f"{folder / name}: missing or not what was written; make the graphs again")
+    missing = [name for name in NAMES if f"{name}.onnx" not in manifest["files"]]
+    if missing or "shapes" not in manifest:
+        raise EngineError(f"{folder}: written by an older version, make the graphs again")
+    return manifest
+
+
+class Engines:
+    """What draws, by the name of its graph. `layers`: cross-attention layers of the UNet."""
+
+    def __init__(self, engines: Mapping[str, Callable[..., Tensor]], layers: int, device: str = "cpu") -> None:
+        self.engines, self.layers, self.device, self.scale = engines, layers, device, 1.0
+
+    @classmethod
+    def onnxruntime(cls, folder: Path, provider: str = "cpu", threads: int = 0) -> Engines:
+        """The graphs of `folder` in ONNX Runtime."""
         if provider not in PROVIDERS:
             raise EngineError(f"provider {provider!r}: not one of {', '.join(PROVIDERS)}")
-        files = read_json(folder / MANIFEST)["files"]
-        for name, digest in files.items():
-            if not (folder / name).exists() or sha256_file(folder / name) != digest:
-                raise EngineError(f"{folder / name}: missing or not what was written; make the graphs again")
-        missing = [name for name in NAMES if f"{name}.onnx" not in files]
-        if missing:
-            raise EngineError(f"{folder}: no graph {missing[0]}; it was written by an older version, make the graphs again")
-        self.engines = {name: Engine(folder / f"{name}.onnx", PROVIDERS[provider], threads) for name in NAMES}
-        self.scale = 1.0
+        manifest = check_graphs(folder)
+        made = {name: Engine(folder / f"{name}.onnx", PROVIDERS[provider], threads) for name in NAMES}
+        return cls(made, manifest["shapes"]["layers"])
 
     def install(self, easyref: Any) -> None:
         """Take the place of the torch modules of `easyref`."""
@@ -74,12 +89,11 @@ class Engines:
 
     def payload(self, tokens_BTX: Tensor) -> Tensor:
         """Packed keys and values [B, 1, T, W]; the scale is in the values."""
-        layers = self.engines["reference_kv"].session.get_inputs()[1].shape[0]
-        return self.engines["reference_kv"](tokens=tokens_BTX, scale=torch.full((layers,), float(self.scale)))[:, None]
+        return self.engines["reference_kv"](tokens=tokens_BTX, scale=torch.full((self.layers,), float(self.scale)))[:, None]
 
     def _encoder(self, encoder: Any) -> Callable[..., Tensor]:
         def forward(inputs: ReferenceInputs, bias_BL: Tensor | None = None) -> Tensor:
-            see, read = flat_inputs(inputs, encoder.mllm, encoder.config.positions)
+            see, read = flat_inputs(inputs.to("cpu"), encoder.mllm, encoder.config.positions)
             embeds = self.engines["vision"](**see)
             states = self.engines["prefix"](image_embeds=embeds, **read)
             bias = torch.zeros(read["mask"].shape) if bias_BL is None else bias_BL

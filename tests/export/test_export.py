@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from easyref.cli import app
 from easyref.pipeline import EasyRef
-from easyref.runtime import Engine, EngineError, Engines
+from easyref.runtime import Engine, EngineError, Engines, check_graphs
+from easyref.trt import Sizes, profile, ranges
 from export.__main__ import fresh, inputs_of, run
 from export.graphs import Graph, graphs
 from export.verify import VerifyError, cases, verify, verify_images
@@ -37,7 +38,7 @@ def made() -> dict[str, Graph]:
 
 def test_graphs_equal_torch_and_carry_no_paths(out: Path, made: dict[str, Graph]) -> None:
     for name, graph in made.items():
-        found = verify(graph, out / f"{name}.onnx", 1e-4)
+        found = verify(graph, Engine(out / f"{name}.onnx"), 1e-4)
         assert len({d.case for d in found}) == len(list(cases(graph))) >= 3
         assert name not in ("vision", "prefix", "aggregator") or "24 references" in {d.case for d in found}
         assert str(Path.cwd()).encode() not in (out / f"{name}.onnx").read_bytes()
@@ -50,7 +51,7 @@ def test_other_weights_are_found_out_by_name_and_size(out: Path, made: dict[str,
     with torch.no_grad():
         weight.mul_(1.01)
         with pytest.raises(VerifyError, match=r"unet: noise differs by .* at batch 1, 8x8, timestep 0; allowed 1e-04"):
-            verify(made["unet"], out / "unet.onnx", 1e-4)
+            verify(made["unet"], Engine(out / "unet.onnx"), 1e-4)
         weight.div_(1.01)
 
 
@@ -58,11 +59,12 @@ def test_a_provider_that_is_not_there_is_an_error(out: Path) -> None:
     with pytest.raises(EngineError, match=r"asked for CUDAExecutionProvider, ONNX Runtime took CPUExecutionProvider"):
         Engine(out / "reference_kv.onnx", "CUDAExecutionProvider")
     with pytest.raises(EngineError, match=r"provider 'npu': not one of cpu, cuda, tensorrt"):
-        Engines(out, "npu")
+        Engines.onnxruntime(out, "npu")
 
 
 def test_stale_or_torn_graphs_are_not_reused(out: Path, capsys: pytest.CaptureFixture) -> None:
     inputs = inputs_of(CHECKPOINT, *HOW)
+    assert CliRunner().invoke(app, ["export", str(CHECKPOINT), str(out)]).output == f"{out}: up to date\n"
     run(CHECKPOINT, out, *HOW)
     assert "up to date" in capsys.readouterr().out
     assert not fresh(out, inputs_of(CHECKPOINT, 21, *HOW[1:]))
@@ -97,9 +99,40 @@ def test_other_images_are_found_out(out: Path) -> None:
 
 def test_graphs_that_are_not_whole_are_refused(out: Path, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="no graphs; make them with"):
-        Engines(tmp_path)
+        Engines.onnxruntime(tmp_path)
     torn = tmp_path / "torn"
     shutil.copytree(out, torn)
     (torn / "vision.onnx").write_bytes((torn / "vision.onnx").read_bytes()[:-1])
     with pytest.raises(EngineError, match="vision.onnx: missing or not what was written"):
-        Engines(torn)
+        Engines.onnxruntime(torn)
+
+
+def test_trt_commands_run_on_the_cpu(out: Path, tmp_path: Path) -> None:
+    """The same commands without a GPU: what would be built, and ONNX Runtime in the place of the engines."""
+    words = ["trt", "build", "--dry-run", "--onnx-dir", str(out), "--size", "64:64:128", "--text", "24", "--references", "1:2:8"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert done.output.count(".plan, key") == 6 and "  sample: 1x8x8x8, 2x8x8x8, 8x8x16x16\n" in done.output
+    done = CliRunner().invoke(app, ["trt", "verify", str(CHECKPOINT), "--onnx-dir", str(out), "--provider", "cpu", "--rtol", "1e-4"])
+    assert done.exit_code == 0 and done.output.count(" cases, at most ") == 6, done.output
+    Image.new("RGB", (70, 50), "red").save(tmp_path / "a.png")
+    words = ["trt", "run", "--ref", str(tmp_path / "a.png"), "--model", str(CHECKPOINT), "--provider", "cpu", "--onnx-dir", str(out)]
+    done = CliRunner().invoke(app, [*words, "--denoising-steps", "2", "--output-dir", str(tmp_path / "out")])
+    assert done.exit_code == 0 and Image.open(tmp_path / "out" / "0.png").size == (64, 64), done.output
+
+
+def test_profiles_hold_for_the_graphs(out: Path) -> None:
+    """Inputs of the least, usual and largest shapes run."""
+    sizes = Sizes(batch=(1, 1, 2), size=(64, 64, 128), references=(1, 2, 3), text=(8, 24, 24))
+    shapes = check_graphs(out)["shapes"]
+    rng = np.random.default_rng(0)
+    for name, engine in Engines.onnxruntime(out).engines.items():
+        found = profile(out / f"{name}.onnx", ranges(name, sizes, shapes)).shapes
+        kinds = {value.name: value.type.tensor_type.elem_type for value in onnx.load(out / f"{name}.onnx").graph.input}
+        for which in range(3):
+            inputs = {}
+            for value, of in found.items():
+                kind = onnx.helper.tensor_dtype_to_np_dtype(kinds[value])
+                drawn = rng.standard_normal(of[which]) if kind.kind == "f" else np.full(of[which], kind.kind == "b")
+                inputs[value] = torch.from_numpy(np.asarray(drawn).astype(kind))
+            assert torch.isfinite(engine(**inputs)).all(), (name, which)

@@ -1,0 +1,191 @@
+"""TensorRT without a GPU: every name the code uses is one of TensorRT's, and all that does not need an engine is real."""
+
+import ast
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from typer.testing import CliRunner
+
+from easyref import trt as ours
+from easyref.cli import app
+from easyref.runtime import EngineError
+from easyref.trt import Options, Sizes, Step, build, check_shape, key, parse_range, profile, ranges, refit
+
+API = json.loads((Path(__file__).parent / "tensorrt-11.4-api.json").read_text())
+#: What the variables of trt.py hold.
+CLASSES = {
+    "builder": "Builder", "network": "INetworkDefinition", "parser": "OnnxParser", "config": "IBuilderConfig", "engine": "ICudaEngine",
+    "context": "IExecutionContext", "chosen": "IOptimizationProfile", "refitter": "Refitter", "reader": "OnnxParserRefitter",
+    "inspector": "EngineInspector", "verbosity": "ProfilingVerbosity", "error": "ParserError",
+}  # fmt: skip
+SHAPES = {"layers": 8, "vae_factor": 8, "merged": [60, 145, 290], "around": 120}
+
+
+def test_every_name_of_tensorrt_is_in_its_api() -> None:
+    used = set()
+    for node in ast.walk(ast.parse(Path(ours.__file__).read_text())):
+        if not isinstance(node, ast.Attribute):
+            continue
+        if isinstance(node.value, ast.Name) and node.value.id == "trt" and node.attr != "__version__":
+            used.add(node.attr)
+            assert node.attr in API, f"line {node.lineno}: trt.{node.attr}"
+        elif isinstance(node.value, ast.Name) and node.value.id in CLASSES:
+            used.add(node.attr)
+            assert node.attr in API[CLASSES[node.value.id]], f"line {node.lineno}: {node.value.id}.{node.attr}"
+        elif isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Attribute) and node.value.func.attr in API:
+            used.add(node.attr)
+            assert node.attr in API[node.value.func.attr], f"line {node.lineno}: {node.value.func.attr}.{node.attr}"
+        elif isinstance(node.value, ast.Attribute) and node.value.attr in API:
+            used.add(node.attr)
+            assert node.attr in API[node.value.attr], f"line {node.lineno}: {node.value.attr}.{node.attr}"
+        elif isinstance(node.value, ast.Attribute) and node.value.attr in CLASSES:  # self.engine.…
+            used.add(node.attr)
+            assert node.attr in API[CLASSES[node.value.attr]], f"line {node.lineno}: {node.value.attr}.{node.attr}"
+    assert len(used) > 40
+    assert set(Options(refit=True, strip_weights=True, weight_streaming=True, version_compatible=True).flags()) < set(
+        API["BuilderFlag"]
+    )
+
+
+@pytest.mark.parametrize("text", ["", "0", "1:2", "3:2:4", "1:4:2", "a", "1:2:3:4", "-1", "1.5"])
+def test_a_range_that_is_none_is_one_line(text: str) -> None:
+    with pytest.raises(ValueError, match="--batch"):
+        parse_range(text, "batch")
+    assert parse_range("4", "batch") == (4, 4, 4) and parse_range("1:2:4", "batch") == (1, 2, 4)
+
+
+def graph(path: Path) -> Path:
+    sample = helper.make_tensor_value_info("sample", TensorProto.FLOAT, ["b", 4, "h", "w"])
+    patches = helper.make_tensor_value_info("patches", TensorProto.FLOAT, ["b", "4*m"])
+    out = helper.make_tensor_value_info("out", TensorProto.FLOAT, ["b", 4, "h", "w"])
+    made = helper.make_graph([helper.make_node("Identity", ["sample"], ["out"])], "g", [sample, patches], [out])
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)]), path)
+    return path
+
+
+def test_profiles_fill_in_the_named_axes(tmp_path: Path) -> None:
+    path = graph(tmp_path / "g.onnx")
+    found = profile(path, {"b": (1, 2, 8), "h": (64, 128, 170), "w": (64, 128, 170), "m": (60, 145, 290)}).shapes
+    assert found == {"sample": ((1, 4, 64, 64), (2, 4, 128, 128), (8, 4, 170, 170)), "patches": ((1, 240), (2, 580), (8, 1160))}
+    with pytest.raises(EngineError, match="input patches has an axis '4\\*m' that no option sets"):
+        profile(path, {"b": (1, 2, 8), "h": (1, 1, 1), "w": (1, 1, 1)})
+    assert ranges("unet", Sizes(batch=(1, 2, 4)), SHAPES) == {
+        "b": (1, 4, 8), "h": (64, 128, 170), "w": (64, 128, 170), "l": (77, 77, 154)
+    }  # fmt: skip
+    context = ranges("prefix", Sizes(references=(1, 4, 28)), SHAPES)["l"]
+    assert context[0] <= 60 + 20 and context[2] >= 28 * 290 + 28 * 2 + 154
+    with pytest.raises(ValueError, match="--size 100: not a multiple of 8"):
+        ranges("unet", Sizes(size=(96, 100, 104)), SHAPES)
+
+
+def test_a_key_is_of_everything(tmp_path: Path) -> None:
+    shapes = profile(graph(tmp_path / "g.onnx"), dict.fromkeys("bhwm", (1, 2, 3)))
+    other = profile(tmp_path / "g.onnx", dict.fromkeys("bhwm", (1, 2, 4)))
+    keys = {
+        key("a", shapes, Options(), "11.4", "H100"), key("b", shapes, Options(), "11.4", "H100"),
+        key("a", other, Options(), "11.4", "H100"), key("a", shapes, Options(refit=True), "11.4", "H100"),
+        key("a", shapes, Options(), "11.5", "H100"), key("a", shapes, Options(), "11.4", "H200"),
+    }  # fmt: skip
+    assert len(keys) == 6
+
+
+def test_a_shape_outside_the_profile_names_the_bounds() -> None:
+    check_shape("sample", (2, 4), (1, 4), (8, 4), "unet.plan")
+    for shape in ((9, 4), (2, 4, 1), (2, 5)):
+        with pytest.raises(EngineError, match=r"unet.plan: input sample of shape \[.*\] is outside \[1, 4\] … \[8, 4\]"):
+            check_shape("sample", shape, (1, 4), (8, 4), "unet.plan")
+
+
+@pytest.mark.skipif(ours.driver() is None, reason="a GPU is here")
+def test_without_a_gpu_everything_says_what_is_missing(tmp_path: Path) -> None:
+    for words in (["trt", "build"], ["trt", "inspect", str(graph(tmp_path / "g.onnx"))], ["trt", "run", "--ref", "README.md"]):
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code and isinstance(done.exception, (ValueError, RuntimeError))
+        assert len(str(done.exception).splitlines()) == 1
+    done = CliRunner().invoke(app, ["trt", "doctor"])
+    assert done.exit_code == 1 and "pip install tensorrt-cu13" in done.output and "no NVIDIA driver" in done.output
+
+
+# -- a stand-in with TensorRT's names, and no others, for the order of the calls ------------------------------------------
+
+
+class Named:
+    """An object of a TensorRT class: only its names, and what `given` says they are."""
+
+    def __init__(self, cls: str, calls: list, **given: Any) -> None:
+        self.__dict__.update(_cls=cls, _calls=calls, _given=given)
+
+    def __getattr__(self, name: str) -> Any:
+        assert name in API[self._cls], f"{self._cls} has no {name}"
+        if name in self._given:
+            value = self._given[name]
+            return (lambda *a: (self._calls.append((name, *a)), value(*a))[1]) if callable(value) else value
+        return lambda *a: self._calls.append((name, *a))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        assert name in API[self._cls], f"{self._cls} has no {name}"
+        self._calls.append((name, value))
+
+
+ENUMS = ("NetworkDefinitionCreationFlag", "ProfilingVerbosity", "MemoryPoolType", "BuilderFlag", "HardwareCompatibilityLevel")
+
+
+def stand_in(calls: list, version: str, parses: bool = True, plan: bytes | None = b"plan") -> Any:
+    enum = lambda cls: SimpleNamespace(**{n: i for i, n in enumerate(API[cls]) if n.isupper() or "_" in n})  # noqa: E731
+    wrong = Named("ParserError", calls, node_name=lambda: "n7", node_operator=lambda: "Foo", desc=lambda: "no Foo")
+    cache = Named("ITimingCache", calls, serialize=lambda: b"cache")
+    config = Named("IBuilderConfig", calls, create_timing_cache=lambda data: cache, get_timing_cache=lambda: cache)
+    builder = Named(
+        "Builder", calls, create_network=lambda flags: Named("INetworkDefinition", calls), create_builder_config=lambda: config,
+        create_optimization_profile=lambda: Named("IOptimizationProfile", calls), build_serialized_network=lambda n, c: plan,
+    )  # fmt: skip
+    engine = Named("ICudaEngine", calls, refittable=True, serialize=lambda: b"refitted")
+    logger = lambda severity: Named("Logger", calls)  # noqa: E731
+    logger.WARNING = 1  # type: ignore[attr-defined]
+    return SimpleNamespace(
+        __version__=version, Logger=logger, Builder=lambda logger: builder,
+        OnnxParser=lambda network, logger: Named("OnnxParser", calls, parse_from_file=lambda p: parses, get_error=lambda i: wrong),
+        Runtime=lambda logger: Named("Runtime", calls, deserialize_cuda_engine=lambda data: engine),
+        Refitter=lambda engine, logger: Named("Refitter", calls, get_missing_weights=lambda: [], refit_cuda_engine=lambda: True),
+        OnnxParserRefitter=lambda refitter, logger: Named("OnnxParserRefitter", calls, refit_from_file=lambda p: True),
+        **{name: enum(name) for name in ENUMS},
+    )  # fmt: skip
+
+
+def step(tmp_path: Path) -> Step:
+    path = graph(tmp_path / "g.onnx")
+    return Step("g", path, tmp_path / "g.plan", profile(path, dict.fromkeys("bhwm", (1, 2, 3))), "k", False)
+
+
+@pytest.mark.parametrize("version", ["10.16.1", "11.4.0"])
+def test_build_asks_for_what_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    calls: list = []
+    monkeypatch.setattr(ours, "load", lambda: stand_in(calls, version))
+    monkeypatch.setattr(ours, "device", lambda: "H100 (SM 9.0)")
+    (tmp_path / "cache").write_bytes(b"old")
+    build(step(tmp_path), Options(optimization_level=4, workspace_mib=2, refit=True), tmp_path / "cache")
+    strongly_typed = 1 << API["NetworkDefinitionCreationFlag"].index("STRONGLY_TYPED")
+    assert ("create_network", strongly_typed if version < "11" else 0) in calls
+    assert ("builder_optimization_level", 4) in calls and ("create_timing_cache", b"old") in calls
+    assert ("set_memory_pool_limit", API["MemoryPoolType"].index("WORKSPACE"), 2 * 2**20) in calls
+    assert [c for c in calls if c[0] == "set_flag"] == [("set_flag", API["BuilderFlag"].index("REFIT"))]
+    assert ("set_shape", "sample", (1, 4, 1, 1), (2, 4, 2, 2), (3, 4, 3, 3)) in calls
+    order = [c[0] for c in calls]
+    assert order.index("set_shape") < order.index("add_optimization_profile") < order.index("build_serialized_network")
+    assert (tmp_path / "g.plan").read_bytes() == b"plan" and (tmp_path / "cache").read_bytes() == b"cache"
+    assert json.loads((tmp_path / "g.json").read_text())["key"] == "k"
+    refit(tmp_path / "g.plan", tmp_path / "g.onnx")
+    assert (tmp_path / "g.plan").read_bytes() == b"refitted"
+
+
+def test_a_build_that_fails_says_where_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for given, message in (({"parses": False}, r"cannot parse node n7 \(Foo\): no Foo"), ({"plan": None}, "built no engine")):
+        monkeypatch.setattr(ours, "load", lambda given=given: stand_in([], "11.4.0", **given))
+        with pytest.raises(EngineError, match=message):
+            build(step(tmp_path), Options())
+    assert {p.name for p in tmp_path.iterdir()} == {"g.onnx"}
