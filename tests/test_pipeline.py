@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cachetools import LRUCache
 from PIL import Image
 
 from easyref.pipeline import EasyRef, Request
@@ -61,6 +62,41 @@ def test_weights_of_references(easyref: EasyRef) -> None:
     assert (batch[0] - plain[0]).abs().max() > 1e-3
     with pytest.raises(ValueError, match="request 0: 1 weights for 2 references"):
         easyref.encode([both], prompts, [[1.0]])
+
+
+def test_a_new_prompt_for_known_references_runs_its_text_only(easyref: EasyRef, monkeypatch: pytest.MonkeyPatch) -> None:
+    references = [reference("red"), reference("blue"), reference("green")]
+    easyref.starts.clear()
+    fresh = easyref.encode([references], ["cat face, twemoji style"], [[1.0, 2.0, 0.5]])
+    plain = easyref.encode([references[:1]], ["farmer"])
+    easyref.starts.clear()
+    easyref.encode([references, references[:1]], ["star", "a much longer prompt of another sample"])
+    seen: list[int] = []
+    vision, text = easyref.encoder.vision, easyref.encoder.mllm.language_model.layers[0].register_forward_hook
+    monkeypatch.setattr(easyref.encoder, "vision", lambda *a: (_ for _ in ()).throw(AssertionError("the vision tower ran")))
+    hook = text(lambda module, args, out: seen.append(args[0].shape[1] if args else -1))
+    again = easyref.encode([references], ["cat face, twemoji style"], [[1.0, 2.0, 0.5]])
+    other = easyref.encode([references[:1]], ["farmer"])
+    hook.remove()
+    monkeypatch.setattr(easyref.encoder, "vision", vision)
+    torch.testing.assert_close(again, fresh, atol=1e-4, rtol=0)
+    torch.testing.assert_close(other, plain, atol=1e-4, rtol=0)
+    assert len(seen) == 2
+    assert (again - easyref.encode([references], ["cat face, twemoji style"])).abs().max() > 1e-3
+
+
+def test_equal_samples_are_encoded_once_and_memory_is_bounded(easyref: EasyRef, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[int] = []
+    aggregate = easyref.encoder.aggregate
+    monkeypatch.setattr(easyref.encoder, "aggregate", lambda p, b=None: (batches.append(len(p.states_BLD)), aggregate(p, b))[1])
+    one, two = ([reference("red")], "star"), ([reference("blue")], "cat face")
+    made = easyref.encode([one[0], two[0], one[0], one[0]], [one[1], two[1], one[1], one[1]])
+    assert sum(batches) == 2
+    assert torch.equal(made[0], made[2]) and torch.equal(made[0], made[3]) and not torch.equal(made[0], made[1])
+    assert 0 < easyref.starts.currsize <= easyref.starts.maxsize
+    monkeypatch.setattr(easyref, "starts", LRUCache(10, getsizeof=lambda start: start.nbytes))
+    torch.testing.assert_close(easyref.encode([one[0]], [one[1]])[0], made[0], atol=1e-4, rtol=0)
+    assert easyref.starts.currsize == 0
 
 
 def test_cached_keys_and_values_equal_tokens_in_every_step(easyref: EasyRef) -> None:

@@ -6,6 +6,7 @@ LoRA is merged into the weights, so a step costs the plain UNet plus one attenti
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cachetools import LRUCache
 from PIL import Image
 
 from easyref.model import weights
 from easyref.model.adapter import Adapter
-from easyref.model.reference import ReferenceEncoder, ReferenceProcessor, null_image
+from easyref.model.reference import ReferenceEncoder, ReferenceInputs, ReferenceProcessor, ReferenceSample, null_image
 from easyref.runtime import Engines
 from easyref.seeds import torch_rng
+
+START_BYTES = 256 * 2**20  # of references kept for the next prompt
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class EasyRef:
     def __init__(self, pipe: Any, encoder: ReferenceEncoder, processor: ReferenceProcessor, adapter: Adapter) -> None:
         self.pipe, self.encoder, self.processor, self.adapter = pipe, encoder, processor, adapter
         self._null: dict[float, torch.Tensor] = {}  # by scale
+        self.starts: LRUCache = LRUCache(START_BYTES, getsizeof=lambda start: start.nbytes)  # by the references' digests
 
     @classmethod
     def from_pretrained(
@@ -86,18 +91,52 @@ class EasyRef:
         self, references: Sequence[Sequence[Image.Image]], prompts: Sequence[str], weights: Sequence[Sequence[float] | None] = ()
     ) -> torch.Tensor:
         """Packed reference keys and values [B, 1, T, W] of each sample; an empty list of references is the null reference.
-        `weights`: for each sample none, or a weight for each reference."""
-        filled = [list(r) or [null_image()] for r in references]
-        inputs = self.processor(filled, prompts)
-        bias_BL = None
-        if any(weights):
-            for i, (given, images) in enumerate(zip(weights, references, strict=True)):
-                if given and len(given) != len(images):
-                    raise ValueError(f"request {i}: {len(given)} weights for {len(images)} references; give one for each")
-            given_each = [list(given or [1.0] * len(images)) for given, images in zip(weights, filled, strict=True)]
-            bias_BL = self.processor.bias(inputs, given_each).to(self.pipe.device)
-        tokens_BTX = self.encoder(inputs.to(self.pipe.device), bias_BL).to(self.pipe.unet.dtype)
-        return self.adapter.payload(tokens_BTX)
+        `weights`: for each sample none, or a weight for each reference.
+
+        Samples that are equal are encoded once. A new prompt for references that were encoded before runs its text only.
+        """
+        samples = []
+        for i, (images, prompt) in enumerate(zip(references, prompts, strict=True)):
+            given = tuple(weights[i] or ()) if weights else ()
+            if given and len(given) != len(images):
+                raise ValueError(f"request {i}: {len(given)} weights for {len(images)} references; give one for each")
+            filled = list(images) or [null_image()]
+            samples.append((tuple(_digest(image) for image in filled), prompt, given, filled))
+        unique = {sample[:3]: sample for sample in samples}
+        tokens_UTX = self._tokens(list(unique.values())).to(self.pipe.unet.dtype)
+        rows = {key: row for row, key in enumerate(unique)}
+        return self.adapter.payload(tokens_UTX)[[rows[sample[:3]] for sample in samples]]
+
+    def _tokens(self, samples: Sequence[tuple[tuple[bytes, ...], str, tuple[float, ...], list[Image.Image]]]) -> torch.Tensor:
+        """tokens_BTX of different samples. Those whose references are known one by one, the others together."""
+        known = [digests in self.starts for digests, *_ in samples]
+        rows: list[torch.Tensor | None] = [None] * len(samples)
+        for i, (digests, prompt, given, _) in enumerate(samples):
+            if known[i]:
+                start = self.starts[digests]
+                inputs = self.processor.batch([ReferenceSample(start.images, prompt)])
+                prefix = self.encoder.prefix_from(start, inputs.to(self.pipe.device))
+                (rows[i],) = self.encoder(prefix, self._bias(inputs, [given]))
+        new = [i for i, row in enumerate(rows) if row is None]
+        if new:
+            inputs = self.processor([samples[i][3] for i in new], [samples[i][1] for i in new])
+            bias_BL = self._bias(inputs, [samples[i][2] for i in new])
+            moved = inputs.to(self.pipe.device)
+            if self.starts.maxsize:
+                moved, starts = self.encoder.prefix_and_starts(moved, [len(samples[i][3]) for i in new])
+                for i, start in zip(new, starts, strict=True):
+                    if start.nbytes <= self.starts.maxsize:
+                        self.starts[samples[i][0]] = start
+            for i, row in zip(new, self.encoder(moved, bias_BL), strict=True):
+                rows[i] = row
+        return torch.stack([row for row in rows if row is not None])
+
+    def _bias(self, inputs: ReferenceInputs, weights: Sequence[tuple[float, ...]]) -> torch.Tensor | None:
+        if not any(weights):
+            return None
+        images = inputs.mm_token_type_ids_BL.diff(prepend=torch.zeros(len(weights), 1, dtype=torch.int64)).eq(1).sum(1).tolist()
+        each = [given or (1.0,) * count for given, count in zip(weights, images, strict=True)]
+        return self.processor.bias(inputs, each).to(self.pipe.device)
 
     @torch.no_grad()
     def __call__(
@@ -153,6 +192,11 @@ class EasyRef:
         if scale not in self._null:
             self._null = {scale: self.encode([[]], [""])}
         return self._null[scale].expand(len(requests), -1, -1, -1)
+
+
+def _digest(image: Image.Image) -> bytes:
+    """Of what the encoder sees of an image."""
+    return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).digest()
 
 
 def _base_place(model_id: str, folder: Path) -> str:

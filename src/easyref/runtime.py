@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cachetools import LRUCache
 from torch import Tensor
 
 from easyref.model.flat import flat_inputs
@@ -80,6 +81,7 @@ class Engines:
     def install(self, easyref: Any) -> None:
         """Take the place of the torch modules of `easyref`."""
         pipe = easyref.pipe
+        easyref.starts = LRUCache(0)  # the graph of the prefix runs it whole
         easyref.encoder.forward = self._encoder(easyref.encoder)
         easyref.adapter.payload, easyref.adapter.set_scale = self.payload, self.set_scale
         pipe.unet.forward, pipe.vae.decode = self._unet, self._decoder(pipe.vae.config.scaling_factor)

@@ -22,6 +22,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicCache
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     Qwen2VLForConditionalGeneration,
@@ -103,6 +104,24 @@ class PrefixStates(_Tensors):
     states_BLD: Tensor
     mask_BL: Tensor  # int64, 1 = real token
     positions_3BL: Tensor  # int64: temporal, height, width position of each token; padding holds any value
+
+
+@dataclass(frozen=True)
+class PrefixStart:
+    """The prefix of one sample up to its last image: text comes after the images, so it does not depend on the prompt."""
+
+    grids: list[Tensor]  # of each image
+    states_1SD: Tensor
+    keys_values: list[tuple[Tensor, Tensor]]  # of each layer [1, G, S, E]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in [self.states_1SD, *(t for kv in self.keys_values for t in kv)])
+
+    @property
+    def images(self) -> list[ImagePatches]:
+        """The images as the processor needs them for a text: without pixels."""
+        return [ImagePatches(torch.empty(0, 0), grid) for grid in self.grids]
 
 
 def null_image() -> Image.Image:
@@ -247,10 +266,13 @@ class ReferenceEncoder(nn.Module):
         """Embeddings [N, D] of every image, in one packed call; images do not see each other."""
         return list(self.mllm.get_image_features(pixel_values, grid_thw, return_dict=True).pooler_output)
 
-    def prefix(self, inputs: ReferenceInputs, image_embeds: Sequence[Tensor] | None = None) -> PrefixStates:
+    def prefix(
+        self, inputs: ReferenceInputs, image_embeds: Sequence[Tensor] | None = None, cache: DynamicCache | None = None
+    ) -> PrefixStates:
         """Run all layers but the last over the L context tokens.
 
         `image_embeds`: cached result of `vision` for the images of `inputs`; the vision tower then does not run.
+        `cache` takes the keys and values.
         """
         if image_embeds is None:
             image_embeds = self.vision(inputs.pixel_values, inputs.image_grid_thw)
@@ -268,9 +290,33 @@ class ReferenceEncoder(nn.Module):
         # A causal LLM never looks at padding on the right, so the mask changes no real token; without it an attention
         # implementation would have to guess.
         states_BLD = lm(
-            inputs_embeds=embeds_BLD, attention_mask=inputs.mask_BL, position_ids=positions_3BL, use_cache=False
-        ).last_hidden_state
+            inputs_embeds=embeds_BLD, attention_mask=inputs.mask_BL, position_ids=positions_3BL, past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state  # fmt: skip
         return PrefixStates(states_BLD, inputs.mask_BL, positions_3BL)
+
+    def prefix_and_starts(self, inputs: ReferenceInputs, counts: Sequence[int]) -> tuple[PrefixStates, list[PrefixStart]]:
+        """`prefix`, and what of it a later prompt for the same images can go on from. `counts`: images of each sample."""
+        cache = DynamicCache()
+        prefix = self.prefix(inputs, cache=cache)
+        starts = []
+        for i, grids in enumerate(inputs.image_grid_thw.cpu().split(list(counts))):
+            end = int(inputs.mm_token_type_ids_BL[i].nonzero()[-1]) + 1
+            kv = [(layer.keys[i : i + 1, :, :end].clone(), layer.values[i : i + 1, :, :end].clone()) for layer in cache.layers]
+            starts.append(PrefixStart(list(grids), prefix.states_BLD[i : i + 1, :end].clone(), kv))
+        return prefix, starts
+
+    def prefix_from(self, start: PrefixStart, inputs: ReferenceInputs) -> PrefixStates:
+        """`prefix` of one sample whose images are those of `start`: only the text after them runs."""
+        lm, end = self.mllm.language_model, start.states_1SD.shape[1]
+        cache, positions_3BL = DynamicCache(), self._positions(inputs)
+        for number, (keys, values) in enumerate(start.keys_values):
+            cache.update(keys, values, number)
+        states_1LD = lm(
+            inputs_embeds=lm.embed_tokens(inputs.input_ids_BL[:, end:]), attention_mask=inputs.mask_BL,
+            position_ids=positions_3BL[:, :, end:], past_key_values=cache, use_cache=True,
+        ).last_hidden_state  # fmt: skip
+        return PrefixStates(torch.cat([start.states_1SD, states_1LD], dim=1), inputs.mask_BL, positions_3BL)
 
     def aggregate(self, prefix: PrefixStates, bias_BL: Tensor | None = None) -> Tensor:
         """Last layer, norm and projector for the T reference tokens -> tokens_BTX in this module's dtype.
