@@ -110,6 +110,19 @@ def bench_group(
     run(sorted(counts), out, workers)
 
 
+@bench.command("infer")
+def bench_infer(
+    rounds: Annotated[int, typer.Option(min=3)] = 25,
+    out: Annotated[Path, typer.Option()] = Path("benchmarks/infer.json"),
+) -> None:
+    """What references cost in a step and when they are encoded, beside the plain UNet and diffusers' IP-Adapter."""
+    from easyref.model.bench import bench_infer as run
+
+    found = run(out, str(MODELS / "base" / "mllm"), rounds)
+    for name in ("adapter_over_plain", "adapter_over_diffusers_ip_adapter", "new_prompt_over_first_encode"):
+        print(f"{name} {found[name]:.3f}")
+
+
 @app.command()
 def upstream(out: Annotated[Path, typer.Argument(help="Folder for data.json and images; replaced if it is there.")]) -> None:
     """The training groups as the JSON and images that the published training code reads."""

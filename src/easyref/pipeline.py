@@ -19,7 +19,7 @@ from PIL import Image
 
 from easyref.model import weights
 from easyref.model.adapter import Adapter
-from easyref.model.reference import ReferenceEncoder, ReferenceInputs, ReferenceProcessor, ReferenceSample, null_image
+from easyref.model.reference import PrefixStates, ReferenceEncoder, ReferenceInputs, ReferenceProcessor, ReferenceSample, null_image
 from easyref.runtime import Engines
 from easyref.seeds import torch_rng
 
@@ -121,9 +121,9 @@ class EasyRef:
         if new:
             inputs = self.processor([samples[i][3] for i in new], [samples[i][1] for i in new])
             bias_BL = self._bias(inputs, [samples[i][2] for i in new])
-            moved = inputs.to(self.pipe.device)
+            moved: ReferenceInputs | PrefixStates = inputs.to(self.pipe.device)
             if self.starts.maxsize:
-                moved, starts = self.encoder.prefix_and_starts(moved, [len(samples[i][3]) for i in new])
+                moved, starts = self.encoder.prefix_and_starts(inputs.to(self.pipe.device), [len(samples[i][3]) for i in new])
                 for i, start in zip(new, starts, strict=True):
                     if start.nbytes <= self.starts.maxsize:
                         self.starts[samples[i][0]] = start

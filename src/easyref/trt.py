@@ -242,8 +242,8 @@ def build(step: Step, options: Options, timing_cache: Path | None = None) -> Non
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED) if _major(trt) < 11 else 0)
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(step.graph)):
-        error = parser.get_error(0)
-        raise EngineError(f"{step.graph}: TensorRT cannot parse node {error.node_name()} ({error.node_operator()}): {error.desc()}")
+        wrong = parser.get_error(0)
+        raise EngineError(f"{step.graph}: TensorRT cannot parse node {wrong.node_name()} ({wrong.node_operator()}): {wrong.desc()}")
     config = builder.create_builder_config()
     config.builder_optimization_level = options.optimization_level
     verbosity = trt.ProfilingVerbosity

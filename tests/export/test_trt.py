@@ -21,7 +21,7 @@ API = json.loads((Path(__file__).parent / "tensorrt-11.4-api.json").read_text())
 CLASSES = {
     "builder": "Builder", "network": "INetworkDefinition", "parser": "OnnxParser", "config": "IBuilderConfig", "engine": "ICudaEngine",
     "context": "IExecutionContext", "chosen": "IOptimizationProfile", "refitter": "Refitter", "reader": "OnnxParserRefitter",
-    "inspector": "EngineInspector", "verbosity": "ProfilingVerbosity", "error": "ParserError",
+    "inspector": "EngineInspector", "verbosity": "ProfilingVerbosity", "wrong": "ParserError",
 }  # fmt: skip
 SHAPES = {"layers": 8, "vae_factor": 8, "merged": [60, 145, 290], "around": 120}
 

@@ -87,7 +87,9 @@ def _key(piece: pl.DataFrame, p: Embed) -> str:
 
 def _local(todo: Sequence[Piece], images: Path, p: Embed, make: Make | None) -> Iterator[None]:
     if p.workers == 1 or len(todo) < 2:
-        yield from (embed_piece(piece, part, images, p, make) for piece, part in todo)
+        for piece, part in todo:
+            embed_piece(piece, part, images, p, make)
+            yield
         return
     with ProcessPoolExecutor(p.workers, multiprocessing.get_context("forkserver")) as pool:
         try:

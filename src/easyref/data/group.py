@@ -71,7 +71,13 @@ def learned_groups(embeddings: Path, params: Group, work: Path, seed: int) -> pl
             if len(members) >= p.min_members:
                 taken.update(members)
                 rows.append((f"{kind}/{members[0][:16]}", kind, "", members, group.cohesion))
-    schema = {"group_id": pl.String, "kind": pl.String, "split": pl.String, "members": pl.List(pl.String), "cohesion": pl.Float64}
+    schema: dict[str, Any] = {
+        "group_id": pl.String,
+        "kind": pl.String,
+        "split": pl.String,
+        "members": pl.List(pl.String),
+        "cohesion": pl.Float64,
+    }
     return pl.DataFrame(rows, schema=schema, orient="row").sort("group_id")
 
 

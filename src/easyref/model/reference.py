@@ -297,7 +297,7 @@ class ReferenceEncoder(nn.Module):
 
     def prefix_and_starts(self, inputs: ReferenceInputs, counts: Sequence[int]) -> tuple[PrefixStates, list[PrefixStart]]:
         """`prefix`, and what of it a later prompt for the same images can go on from. `counts`: images of each sample."""
-        cache = DynamicCache()
+        cache: Any = DynamicCache()
         prefix = self.prefix(inputs, cache=cache)
         starts = []
         for i, grids in enumerate(inputs.image_grid_thw.cpu().split(list(counts))):
