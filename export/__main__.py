@@ -6,24 +6,27 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
+import torch
 import typer
 
 from easyref import records
 from easyref.records import atomic_folder, read_json, sha256_file, write_json
 from easyref.runtime import MANIFEST, Engine
 
+DTYPE = {"fp32": torch.float32, "fp16": torch.float16}
+TOLERANCE = {"fp32": (1e-4, 2.0), "fp16": (1e-2, 16.0)}  # of an output's largest value; of an image, against torch in fp32
 VERSIONS = ("torch", "diffusers", "onnx", "onnxscript", "onnxruntime")
 
 
-def inputs_of(checkpoint: Path, opset: int, tolerance: float, image_tolerance: float) -> dict:
+def inputs_of(checkpoint: Path, opset: int, dtype: str, tolerance: float, image_tolerance: float) -> dict:
     """All that the graphs and what is said of them depend on."""
     base = sorted(path for path in (checkpoint.parent / "base").rglob("*") if path.is_file())
     code = sorted([*Path(__file__).parent.glob("*.py"), *(Path(records.__file__).parent / "model").glob("*.py")])
     files = {str(path.relative_to(checkpoint.parent)): sha256_file(path) for path in [*sorted(checkpoint.iterdir()), *base]}
     return {
-        "opset": opset, "tolerance": tolerance, "image_tolerance": image_tolerance, "files": files,
+        "opset": opset, "dtype": dtype, "tolerance": tolerance, "image_tolerance": image_tolerance, "files": files,
         "code": [sha256_file(path) for path in code],
         "versions": {name: version(name) for name in VERSIONS},
     }  # fmt: skip
@@ -42,8 +45,11 @@ def run(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder; its base models beside it.")] = Path("models/finetune_multi"),
     out: Annotated[Path, typer.Argument(help="Folder for the graphs.")] = Path("out/onnx"),
     opset: Annotated[int, typer.Option(min=18, max=24)] = 20,
-    tolerance: Annotated[float, typer.Option(min=0, help="Largest difference to torch, of an output's largest value.")] = 1e-4,
-    image_tolerance: Annotated[float, typer.Option(min=0, help="Largest difference of whole images, grey levels of 255.")] = 2,
+    dtype: Annotated[Literal["fp32", "fp16"], typer.Option(help="Precision of weights and outputs.")] = "fp32",
+    tolerance: Annotated[float | None, typer.Option(min=0, help="Largest difference to torch, of an output's largest value.")] = None,
+    image_tolerance: Annotated[
+        float | None, typer.Option(min=0, help="Largest difference of whole images, of 255 grey levels.")
+    ] = None,
 ) -> None:
     """ONNX graphs of a checkpoint, verified against torch."""
     if not checkpoint.is_dir():
@@ -52,11 +58,14 @@ def run(
     from export.graphs import export_graph, graphs, shapes_of
     from export.verify import verify, verify_images
 
-    inputs = inputs_of(checkpoint, opset, tolerance, image_tolerance)
+    usual, usual_of_images = TOLERANCE[dtype]
+    tolerance = usual if tolerance is None else tolerance
+    image_tolerance = usual_of_images if image_tolerance is None else image_tolerance
+    inputs = inputs_of(checkpoint, opset, dtype, tolerance, image_tolerance)
     if fresh(out, inputs):
         print(f"{out}: up to date")
         return
-    easyref = EasyRef.from_pretrained(checkpoint, device="cpu")
+    easyref = EasyRef.from_pretrained(checkpoint, dtype=DTYPE[dtype], device="cpu")
     rows = []
     with atomic_folder(out) as folder:
         for graph in graphs(easyref):
@@ -71,7 +80,7 @@ def run(
         files = {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
         about = {"inputs": inputs, "files": files, "shapes": shapes_of(easyref), "verified": rows}
         write_json(folder / MANIFEST, about)
-        levels = verify_images(easyref, checkpoint, folder, image_tolerance)
+        levels = verify_images(EasyRef.from_pretrained(checkpoint, device="cpu"), checkpoint, folder, image_tolerance)
         print(f"images: at most {levels:.0f} of 255 off")
         write_json(folder / MANIFEST, {**about, "images_off": levels})
     print(f"{out}: {', '.join(files)}")

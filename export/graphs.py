@@ -69,7 +69,20 @@ class Decoder(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         """latents [B, C, h, w], as diffusion leaves them → image [B, 3, H, W] in [-1, 1]."""
-        return self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
+        dtype = next(self.vae.parameters()).dtype
+        return self.vae.decode((latents / self.vae.config.scaling_factor).to(dtype), return_dict=False)[0].to(latents.dtype)
+
+
+class Cast(nn.Module):
+    """`module`, its output in `dtype`: the sinusoids of the added times come in single precision, and the exporter joins them as they
+    are with half-precision embeddings, which ONNX Runtime refuses."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.module, self.dtype = module, dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x).to(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -88,6 +101,10 @@ def graphs(easyref: EasyRef) -> list[Graph]:
     """Examples have a batch of two and odd sizes: at even ones the exporter fixes every upsampling to a factor of two."""
     pipe, tokens_T = easyref.pipe, easyref.encoder.config.num_tokens
     unet, vae = pipe.unet.eval(), pipe.vae.eval()
+    if unet.dtype == torch.float16:
+        unet.add_time_proj = Cast(unet.add_time_proj, unet.dtype)
+        if vae.config.force_upcast:  # SDXL's overflows in half precision
+            vae.float()
     easyref.adapter.set_scale(1.0)
     c = unet.config
     layout = kv_layout(unet)

@@ -251,12 +251,13 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder; its base models beside it.")] = MODELS / "finetune_multi",
     out: Annotated[Path, typer.Argument(help="Folder for the graphs.")] = GRAPHS,
     opset: Annotated[int, typer.Option(min=18, max=24)] = 20,
+    dtype: Annotated[Literal["fp32", "fp16"], typer.Option(help="Precision of weights and outputs.")] = "fp32",
 ) -> None:
     """A checkpoint → ONNX graphs, each and whole images compared with torch (`python -m export` has more options)."""
     _project()
     from export.__main__ import run
 
-    run(checkpoint, out, opset, 1e-4, 2)
+    run(checkpoint, out, opset, dtype)
 
 
 def _project() -> None:

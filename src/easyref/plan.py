@@ -71,12 +71,12 @@ class Row:
 def plan(params: Params, folder: Path) -> tuple[dict[str, int], dict[str, list[Row]]]:
     """Parameters of the base models, and all stages in order with what they train or make. `folder`: models/base."""
     sizes = {name: _count([model]) for name, model in base_models(params, folder).items()}
-    stages: dict[str, list[Row]] = {"ingest": [], "group": [], "split": [], "base": base_rows(params, folder)}
+    stages: dict[str, list[Row]] = {"ingest": [], "embed": [], "group": [], "split": [], "base": base_rows(params, folder)}
     models = cache(partial(easyref_models, params, folder))  # LoRA of the full rank takes seconds to put in
     stages |= {name: [stage_row(params, name, models)] for name in STAGES}
     if params.align:
         stages["pretrain"].insert(0, align_row(params, params.align, models(None, "fp32")))
-    return sizes, stages | {"evaluate": [evaluate_row(params, models(None, "fp32"))]}
+    return sizes, stages | {"evaluate": [evaluate_row(params, models(None, "fp32"))], "report": []}
 
 
 # -- models on the meta device -----------------------------------------------------------------------------------------
@@ -341,7 +341,9 @@ def report(params: Params, folder: Path, tflops: float | None, as_json: bool) ->
             lines += ["no CUDA device here, so times are those of this CPU; --tflops X plans for another device"]
     table: list[tuple[str, ...]] = [HEAD]
     for name, rows in stages.items():
-        table += [_cells(row, rates[row.precision]) for row in rows] or [(name, "from the hub" if name == "base" else "no model")]
+        table += [_cells(row, rates[row.precision]) for row in rows] or [
+            (name, "from the hub" if name == "base" else "frozen extractors" if name == "embed" else "no model")
+        ]
     widths = [max(len(cells[i]) for cells in table if i < len(cells) and (len(cells) == len(HEAD) or not i)) for i in range(len(HEAD))]
     aligned = [[c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=False))] for cells in table]
     return "\n".join([*lines, "", *(" ".join(cells).rstrip() for cells in aligned), "", FOOT])

@@ -39,9 +39,11 @@ class Engine:
         if self.session.get_providers()[0] != provider:  # it falls back without a word
             taken = self.session.get_providers()[0]
             raise EngineError(f"{path}: asked for {provider}, ONNX Runtime took {taken}; install what {provider} needs")
+        self.half = {value.name for value in self.session.get_inputs() if value.type == "tensor(float16)"}
 
     def __call__(self, **inputs: Tensor) -> Tensor:
-        feed = {name: value.detach().cpu().contiguous().numpy() for name, value in inputs.items()}
+        given = {name: value.detach().cpu().to(torch.float16 if name in self.half else value.dtype) for name, value in inputs.items()}
+        feed = {name: value.contiguous().numpy() for name, value in given.items()}
         return torch.from_numpy(self.session.run(None, feed)[0])
 
 
@@ -116,11 +118,11 @@ class Engines:
                 sample=sample, timestep=torch.as_tensor(timestep).long(), encoder_hidden_states=encoder_hidden_states,
                 text_embeds=added_cond_kwargs["text_embeds"], time_ids=added_cond_kwargs["time_ids"].to(sample.dtype),
                 reference_kv=kv[:, 0],
-            ),
+            ).to(sample.dtype),
         )  # fmt: skip
 
     def _decoder(self, scaling: float) -> Callable[..., tuple[Tensor]]:
         def decode(latents: Tensor, return_dict: bool = True, **_: Any) -> tuple[Tensor]:
-            return (self.engines["vae_decoder"](latents=latents * scaling),)  # the graph divides by it
+            return (self.engines["vae_decoder"](latents=latents * scaling).to(latents.dtype),)  # the graph divides by it
 
         return decode

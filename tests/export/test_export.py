@@ -21,7 +21,7 @@ from export.verify import VerifyError, cases, verify, verify_images
 pytestmark = pytest.mark.long
 torch.set_num_threads(1)
 CHECKPOINT = Path("models/pretrain")
-HOW = (20, 1e-4, 2.0)  # opset, tolerance of an output, of an image
+HOW: tuple = (20, "fp32", 1e-4, 2.0)  # opset, precision, tolerance of an output, of an image
 
 
 @pytest.fixture(scope="module")
@@ -136,3 +136,11 @@ def test_profiles_hold_for_the_graphs(out: Path) -> None:
                 drawn = rng.standard_normal(of[which]) if kind.kind == "f" else np.full(of[which], kind.kind == "b")
                 inputs[value] = torch.from_numpy(np.asarray(drawn).astype(kind))
             assert torch.isfinite(engine(**inputs)).all(), (name, which)
+
+
+def test_half_precision_is_as_good_as_it_can_be(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run(CHECKPOINT, tmp_path / "half", 20, "fp16")
+    assert "images: at most " in capsys.readouterr().out
+    for name in ("unet", "vision", "prefix", "aggregator", "reference_kv", "vae_decoder"):
+        kinds = {tensor.data_type for tensor in onnx.load(tmp_path / "half" / f"{name}.onnx").graph.initializer if len(tensor.dims) > 1}
+        assert onnx.TensorProto.FLOAT16 in kinds and onnx.TensorProto.FLOAT not in kinds, name

@@ -59,7 +59,8 @@ class Vision(nn.Module):
     def forward(self, patches: Tensor, places: Tensor, patch_mask: Tensor) -> Tensor:
         """patches [n, P, K], places int64 [n, P, 2], patch_mask bool [n, P] → [n, M, D]."""
         visual = self.visual
-        x = F.linear(patches, visual.patch_embed.proj.weight.flatten(1))
+        weight = visual.patch_embed.proj.weight.flatten(1)
+        x = F.linear(patches.to(weight.dtype), weight)
         angles = (places[..., None].float() * visual.rotary_pos_emb.inv_freq).flatten(2)
         cos, sin = (torch.cat([f, f], -1)[:, :, None] for f in (angles.cos(), angles.sin()))
         mask = patch_mask[:, None, None].expand(-1, 1, x.shape[1], -1)
