@@ -1,6 +1,8 @@
 """ONNX graphs of the shipped weights against torch; what is stale, wrong or falls back is found."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from typer.testing import CliRunner
 
 from easyref.cli import app
 from easyref.pipeline import EasyRef
+from easyref.records import read_json
 from easyref.runtime import Engine, EngineError, Engines, check_graphs
 from easyref.trt import Sizes, profile, ranges
 from export.__main__ import fresh, inputs_of, run
@@ -144,3 +147,13 @@ def test_half_precision_is_as_good_as_it_can_be(tmp_path: Path, capsys: pytest.C
     for name in ("unet", "vision", "prefix", "aggregator", "reference_kv", "vae_decoder"):
         kinds = {tensor.data_type for tensor in onnx.load(tmp_path / "half" / f"{name}.onnx").graph.initializer if len(tensor.dims) > 1}
         assert onnx.TensorProto.FLOAT16 in kinds and onnx.TensorProto.FLOAT not in kinds, name
+
+
+def test_the_proof_of_a_machine_goes_the_same_way_on_the_cpu(out: Path, tmp_path: Path) -> None:
+    shutil.copytree(out, tmp_path / "onnx")
+    words = [sys.executable, "-m", "export.prove", str(CHECKPOINT), str(tmp_path), "--provider", "cpu", "--rounds", "1"]
+    done = subprocess.run(words, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = read_json(tmp_path / "proof.json")
+    assert f"{tmp_path / 'onnx'}: up to date" in done.stdout and set(found["image_ms_of_8_steps"]) == {"torch", "engines"}
+    assert len(found["largest_difference"]) == 6 and max(found["largest_difference"].values()) < 1e-4 and found["image_difference"] <= 2

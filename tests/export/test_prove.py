@@ -26,11 +26,3 @@ def test_without_one_it_says_what_is_missing(tmp_path: Path) -> None:
     done = subprocess.run([*WORDS, str(tmp_path)], check=False, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("prove: tensorrt: ")
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.long
-def test_the_same_way_on_the_cpu(tmp_path: Path) -> None:
-    done = subprocess.run([*WORDS, str(tmp_path), "--provider", "cpu", "--rounds", "1"], check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = read_json(tmp_path / "proof.json")
-    assert len(found["largest_difference"]) == 6 and max(found["largest_difference"].values()) < 1e-4 and found["image_difference"] <= 2
