@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
 from easyref.config import Params, parse_params
+from easyref.seeds import numpy_rng
 from easyref.training import base
 from easyref.training.trainer import Task
 from tests.projects import small_data
@@ -79,3 +80,14 @@ def test_base_writes_models_that_load_and_goes_on_with_what_is_done(tmp_path: Pa
     assert Image.open(tmp_path / "metrics" / "text.png").width > 1000
     for name in ("vae", "diffusion", "mllm"):
         assert json.loads((tmp_path / "metrics" / f"{name}.json").read_text())[-1]["seen"] == 8
+
+
+def test_colours_are_swapped_in_the_share_that_is_asked_for() -> None:
+    pixels = torch.randn(3, 4, 5)
+    orders = []
+    for number in range(600):
+        swapped = base.swap_colours(pixels, 0.5, numpy_rng(0, "test", number))
+        orders.append(tuple(next(i for i in range(3) if torch.equal(channel, pixels[i])) for channel in swapped))
+    assert all(sorted(order) == [0, 1, 2] for order in orders) and len(set(orders)) == 6
+    assert 0.5 < orders.count((0, 1, 2)) / 600 < 0.67  # half of them, and a sixth of the other half
+    assert torch.equal(base.swap_colours(pixels, 0.0, numpy_rng(0, "test")), pixels)
