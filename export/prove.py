@@ -9,6 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -58,7 +59,7 @@ def prove(
     with_torch, with_engines = EasyRef.from_pretrained(checkpoint), EasyRef.from_pretrained(checkpoint, engines=made)
     drawn = [np.asarray(e(requests, 8, 3.0)[0], np.float64) for e in (with_torch, with_engines)]
     methods = {"torch": with_torch, "engines": with_engines}
-    timings = {name: _milliseconds(lambda e=e: e(requests, 8, 3.0), rounds) for name, e in methods.items()}
+    timings = {name: _milliseconds(partial(e, requests, 8, 3.0), rounds) for name, e in methods.items()}
     result: dict[str, Any] = {
         "provider": provider, "device": device() if torch.cuda.is_available() else "cpu", "largest_difference": worst,
         "image_difference": float(np.abs(drawn[0] - drawn[1]).max()), "image_ms_of_8_steps": timings,

@@ -124,7 +124,7 @@ def graphs_of(checkpoint: Path, folder: Path) -> Path:
 
     folder.mkdir()
     (folder / "unet.onnx").write_bytes(b"graph")
-    inputs = inputs_of(checkpoint, 20, 1e-4)
+    inputs = inputs_of(checkpoint, 20, "fp32", 1e-4, 2.0)
     write_json(folder / "manifest.json", {"inputs": inputs, "files": {"unet.onnx": sha256_file(folder / "unet.onnx")}})
     return folder
 

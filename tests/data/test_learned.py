@@ -119,7 +119,7 @@ def test_spread_damps_the_main_directions(tmp_path: Path) -> None:
 def test_groups_do_not_depend_on_shards_and_nan_is_left_out(tmp_path: Path) -> None:
     vectors = clustered(300)
     vectors[7] = np.nan
-    names = [f"{i:064x}" for i in range(300)]
+    names = [f"{i:016x}" * 4 for i in range(300)]
     order = np.random.default_rng(1).permutation(300)
     for place, shards in (("one", [np.arange(300)]), ("three", np.array_split(order, 3))):
         (tmp_path / place).mkdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+GIVEN = "given"  # category of an image whose concept is the group that its source names
 LABELS = ("subject", "gender", "tone", "style", "colors")
 #: What the members of a group have in common, by kind: the prompt of a sample leaves it out.
 SHARED = {

@@ -18,6 +18,7 @@ import numpy as np
 import polars as pl
 
 from easyref.config import Group, Params
+from easyref.data.captions import GIVEN
 from easyref.data.embed import read_space
 from easyref.data.learned import learn_groups, pair_scores, spread
 from easyref.data.neighbours import kmeans, nearest
@@ -25,8 +26,6 @@ from easyref.data.shards import ImageStore
 from easyref.records import write_json, write_table
 
 KEYS = {"subject": ("concept", "gender"), "person": ("style", "gender", "tone"), "style": ("style", "category"), "given": ("concept",)}
-
-GIVEN = "given"  # category of an image whose concept is the group that its source names
 
 
 def group_stage(params: Params, data: Path, metrics: Path, work: Path) -> pl.DataFrame:

@@ -19,9 +19,8 @@ import polars as pl
 
 from easyref.config import Ingest, Params
 from easyref.data import emoji
-from easyref.data.captions import caption
+from easyref.data.captions import GIVEN, caption
 from easyref.data.check import Checked, Checker, Rejected
-from easyref.data.group import GIVEN
 from easyref.data.shards import write_shard
 from easyref.data.sources import Found, from_folder, from_table, from_tars, from_upstream
 from easyref.images import Reason
