@@ -22,7 +22,7 @@ from easyref.progress import track
 Array = np.ndarray[Any, np.dtype[Any]]
 
 CELL = 256  # vectors of a cell, about
-AROUND = 8  # neighbouring cells that are searched too
+AROUND = 64  # neighbouring cells that are searched too, and those whose neighbour a cell is
 SAMPLE = 64  # vectors a centre in the training of k-means
 BLOCK = 16384  # vectors at once
 
@@ -81,10 +81,10 @@ def make_cells(vectors_NE: Array, file: Path, seed: int = 0) -> Cells:
 def similar_pairs(cells: Cells, threshold: float, most: int, workers: int = 1) -> tuple[Array, Array, Array]:
     """Pairs of vectors whose cosine is at least `threshold`, each within the `most` nearest of the other:
     numbers of the one [P], of the other [P] (the smaller first, sorted), and their cosine [P]."""
-    near_MK = _cells_around(cells.centres_ME)
+    near = _cells_around(cells.centres_ME)
 
     def of_cell(cell: int) -> tuple[Array, Array, Array]:
-        others = [int(c) for c in near_MK[cell]]
+        others = near[cell]
         there = np.concatenate([np.arange(cells.begin_M[c], cells.begin_M[c + 1]) for c in others])
         rows = np.concatenate([cells.rows(c) for c in others])
         return _join([_most_similar(rows, there, here, cells, threshold, most) for here in _blocks(cells.place(cell), 1024)])
@@ -129,16 +129,19 @@ def _in_order(function: Any, count: int, workers: int) -> Iterator[Any]:
             yield from pool.map(function, range(start, min(start + 64, count)))
 
 
-def _cells_around(centres_ME: Array) -> Array:
-    """Each cell and its nearest ones, [M, ≤ 1 + AROUND]."""
+def _cells_around(centres_ME: Array) -> list[list[int]]:
+    """For each cell itself, its nearest ones, and those that it is one of the nearest of: a pair must be seen from either side."""
     unit = centres_ME / np.maximum(np.linalg.norm(centres_ME, axis=1, keepdims=True), 1e-12)
     count = min(len(unit), 1 + AROUND)
-    nearest = []
+    around: list[set[int]] = [set() for _ in unit]
     for start in range(0, len(unit), 1024):
         similar = unit[start : start + 1024] @ unit.T
         similar[np.arange(len(similar)), np.arange(start, start + len(similar))] = 2
-        nearest.append(np.argpartition(-similar, count - 1, axis=1)[:, :count])
-    return np.sort(np.concatenate(nearest), axis=1)
+        for cell, nearest_ones in enumerate(np.argpartition(-similar, count - 1, axis=1)[:, :count].tolist(), start):
+            around[cell].update(nearest_ones)
+            for other in nearest_ones:
+                around[other].add(cell)
+    return [sorted(cells) for cells in around]
 
 
 def kmeans(vectors_nE: Array, count: int, seed: int) -> Array:
