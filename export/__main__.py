@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -12,8 +11,9 @@ import torch
 import typer
 
 from easyref import records
-from easyref.records import atomic_folder, read_json, sha256_file, write_json
+from easyref.records import atomic_folder, changed_file, read_json, sha256_file, write_json
 from easyref.runtime import MANIFEST, Engine
+from export import start
 
 DTYPE = {"fp32": torch.float32, "fp16": torch.float16}
 TOLERANCE = {"fp32": (1e-4, 2.0), "fp16": (1e-2, 16.0)}  # of an output's largest value; of an image, against torch in fp32
@@ -37,8 +37,7 @@ def fresh(out: Path, inputs: dict) -> bool:
     if not (out / MANIFEST).exists():
         return False
     manifest = read_json(out / MANIFEST)
-    whole = all((out / name).exists() and sha256_file(out / name) == digest for name, digest in manifest["files"].items())
-    return whole and manifest["inputs"] == inputs
+    return manifest["inputs"] == inputs and changed_file(out, manifest["files"]) is None
 
 
 def run(
@@ -86,13 +85,5 @@ def run(
     print(f"{out}: {', '.join(files)}")
 
 
-def main() -> None:
-    try:
-        typer.run(run)
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
-        print(f"export: {str(error).splitlines()[0]}", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    main()
+    start("export", run)

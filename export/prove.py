@@ -6,7 +6,6 @@ Without a GPU it says what is missing and ends; `--provider cpu` goes the same w
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +21,7 @@ from easyref.pipeline import EasyRef, Request
 from easyref.records import write_json
 from easyref.runtime import EngineError, Engines
 from easyref.trt import Options, Sizes, build, device, doctor, engines, load, parse_range, steps
+from export import start
 from export.__main__ import run as export
 from export.verify import verify
 
@@ -81,13 +81,5 @@ def _milliseconds(call: Callable[[], Any], rounds: int) -> float:
     return statistics.median(took)
 
 
-def main() -> None:
-    try:
-        typer.run(prove)
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
-        print(f"prove: {str(error).splitlines()[0]}", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    main()
+    start("prove", prove)

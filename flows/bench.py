@@ -7,18 +7,16 @@ is the cost of a stage, the rest the cost of a start (for the flow: Prefect's se
 from __future__ import annotations
 
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import yaml
 
-from easyref.progress import track
+from easyref.progress import machine, track
 from easyref.records import write_json
 from flows import PROJECT
 
@@ -57,8 +55,7 @@ def main(out: Path = PROJECT / "benchmarks" / "flow.json") -> None:
         "seconds_per_stage": {**stage, "overhead": stage["flow"] - stage["dvc"]},
         "seconds_to_start": {how: middle[how, SHORT] - SHORT * stage[how] for how in ("dvc", "flow")},
         "runs": [{"how": how, "stages": stages, "seconds": values} for (how, stages), values in took.items()],
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {name: version(name) for name in ("prefect", "dvc")},
+        **machine("prefect", "dvc"),
     }
     write_json(out, result)
     print(f"a stage costs {stage['dvc']:.2f} s under dvc repro, {stage['flow']:.2f} s in the flow; see {out}")

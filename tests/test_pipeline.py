@@ -67,10 +67,13 @@ def test_weights_of_references(easyref: EasyRef) -> None:
 def test_a_new_prompt_for_known_references_runs_its_text_only(easyref: EasyRef, monkeypatch: pytest.MonkeyPatch) -> None:
     references = [reference("red"), reference("blue"), reference("green")]
     easyref.starts.clear()
+    easyref.encoded.clear()
     fresh = easyref.encode([references], ["cat face, twemoji style"], [[1.0, 2.0, 0.5]])
     plain = easyref.encode([references[:1]], ["farmer"])
     easyref.starts.clear()
+    easyref.encoded.clear()
     easyref.encode([references, references[:1]], ["star", "a much longer prompt of another sample"])
+    assert not {"cat face, twemoji style", "farmer"} & {prompt for _, prompt, _ in easyref.encoded}
     seen: list[int] = []
     vision, text = easyref.encoder.vision, easyref.encoder.mllm.language_model.layers[0].register_forward_hook
     monkeypatch.setattr(easyref.encoder, "vision", lambda *a: (_ for _ in ()).throw(AssertionError("the vision tower ran")))
@@ -90,10 +93,13 @@ def test_equal_samples_are_encoded_once_and_memory_is_bounded(easyref: EasyRef, 
     aggregate = easyref.encoder.aggregate
     monkeypatch.setattr(easyref.encoder, "aggregate", lambda p, b=None: (batches.append(len(p.states_BLD)), aggregate(p, b))[1])
     one, two = ([reference("red")], "star"), ([reference("blue")], "cat face")
+    easyref.encoded.clear()
     made = easyref.encode([one[0], two[0], one[0], one[0]], [one[1], two[1], one[1], one[1]])
     assert sum(batches) == 2
     assert torch.equal(made[0], made[2]) and torch.equal(made[0], made[3]) and not torch.equal(made[0], made[1])
     assert 0 < easyref.starts.currsize <= easyref.starts.maxsize
+    assert torch.equal(easyref.encode([two[0]], [two[1]])[0], made[1]) and sum(batches) == 2  # a new seed, later
+    easyref.encoded.clear()
     monkeypatch.setattr(easyref, "starts", LRUCache(10, getsizeof=lambda start: start.nbytes))
     torch.testing.assert_close(easyref.encode([one[0]], [one[1]])[0], made[0], atol=1e-4, rtol=0)
     assert easyref.starts.currsize == 0

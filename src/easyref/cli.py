@@ -211,7 +211,7 @@ def generate(
         folder = cached(Path(), model)
     else:
         folder = Path(model)
-    attached = folder / "onnx" if (folder / "onnx").is_dir() else Path("out") / "onnx"
+    attached = folder / "onnx" if (folder / "onnx").is_dir() else GRAPHS
     if (folder / "checkpoint").is_dir():  # a bundle of the registry
         folder /= "checkpoint"
     if not folder.is_dir():  # before the imports that take seconds
@@ -269,8 +269,6 @@ def _project() -> None:
 
 Graphs = Annotated[Path, typer.Option("--onnx-dir", help="Folder of `easyref export`.")]
 Plans = Annotated[Path, typer.Option("--engine-dir", help="Folder of the engines.")]
-
-
 Provider = Annotated[Literal["tensorrt", "cpu", "cuda"], typer.Option(help="tensorrt: engines; cpu, cuda: ONNX Runtime.")]
 
 
@@ -286,9 +284,7 @@ def trt_build(
     workspace: Annotated[int | None, typer.Option(min=1, help="Most scratch memory, MiB.")] = None,
     timing_cache: Annotated[Path | None, typer.Option("--timingCacheFile", "--timing-cache")] = ENGINES / "timing.cache",
     refit: Annotated[bool, typer.Option("--refit", help="Weights can be replaced later.")] = False,
-    strip_weights: Annotated[bool, typer.Option("--stripWeights", "--strip-weights")] = False,
-    weight_streaming: Annotated[bool, typer.Option("--allowWeightStreaming", "--weight-streaming")] = False,
-    version_compatible: Annotated[bool, typer.Option("--versionCompatible", "--version-compatible")] = False,
+    detailed: Annotated[bool, typer.Option("--detailed", help="Keep what `trt inspect` shows of the layers.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be built; needs no GPU.")] = False,
 ) -> None:
     """Engines of all graphs; those that fit what is asked for are kept."""
@@ -297,16 +293,17 @@ def trt_build(
 
     given = {"batch": batch, "size": size, "references": references, "text": text}
     sizes = Sizes(**{name: parse_range(value, name) for name, value in given.items()})
-    options = Options(optimization_level, workspace, refit, strip_weights, weight_streaming, version_compatible)
+    options = Options(optimization_level, workspace, refit, detailed)
     here = ("any", "any") if dry_run else (load().__version__, device())
     todo = steps(graphs, plans, sizes, options, *here)
     if dry_run:
         for step in todo:
             print(f"{step.plan}, key {step.key[:12]}")
-            for name, shapes in step.shapes.shapes.items():
+            for name, shapes in step.shapes.items():
                 print(f"  {name}: " + ", ".join("x".join(map(str, shape)) or "scalar" for shape in shapes))
         return
-    for step in track([step for step in todo if not step.fresh], "trt build", sum(not step.fresh for step in todo), "engines"):
+    stale = [step for step in todo if not step.fresh]
+    for step in track(stale, "trt build", len(stale), "engines"):
         build(step, options, timing_cache)
     print(f"{plans}: {', '.join(step.name for step in todo)}")
 
@@ -325,9 +322,7 @@ def trt_run(
     out: Annotated[Path, typer.Option("--output-dir")] = Path("out"),
     graphs: Graphs = GRAPHS,
     plans: Plans = ENGINES,
-    provider: Annotated[
-        Literal["tensorrt", "cpu", "cuda"], typer.Option(help="tensorrt: engines; cpu, cuda: ONNX Runtime.")
-    ] = "tensorrt",
+    provider: Provider = "tensorrt",
     cuda_graph: Annotated[bool, typer.Option("--use-cuda-graph")] = False,
 ) -> None:
     """`easyref generate` with engines; the options have their names of NVIDIA's demo."""
@@ -373,9 +368,7 @@ def trt_verify(
     checkpoint: Annotated[Path, typer.Argument()] = MODELS / "finetune_multi",
     graphs: Graphs = GRAPHS,
     plans: Plans = ENGINES,
-    provider: Annotated[
-        Literal["tensorrt", "cpu", "cuda"], typer.Option(help="tensorrt: engines; cpu, cuda: ONNX Runtime.")
-    ] = "tensorrt",
+    provider: Provider = "tensorrt",
     tolerance: Annotated[float, typer.Option("--rtol", min=0, help="Of an output's largest value.")] = 1e-2,
 ) -> None:
     """Every engine against torch over batches, sizes, timesteps, references and scales."""

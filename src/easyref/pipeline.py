@@ -24,6 +24,7 @@ from easyref.runtime import Engines
 from easyref.seeds import torch_rng
 
 START_BYTES = 256 * 2**20  # of references kept for the next prompt
+ENCODED = 64  # samples kept for the next seed
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class EasyRef:
     def __init__(self, pipe: Any, encoder: ReferenceEncoder, processor: ReferenceProcessor, adapter: Adapter) -> None:
         self.pipe, self.encoder, self.processor, self.adapter = pipe, encoder, processor, adapter
         self._null: dict[float, torch.Tensor] = {}  # by scale
+        self.encoded: LRUCache = LRUCache(ENCODED)  # tokens_TX by references, prompt and weights
         self.starts: LRUCache = LRUCache(START_BYTES, getsizeof=lambda start: start.nbytes)  # by the references' digests
 
     @classmethod
@@ -93,7 +95,7 @@ class EasyRef:
         """Packed reference keys and values [B, 1, T, W] of each sample; an empty list of references is the null reference.
         `weights`: for each sample none, or a weight for each reference.
 
-        Samples that are equal are encoded once. A new prompt for references that were encoded before runs its text only.
+        A sample is encoded once. A new prompt for references that were encoded before runs its text only.
         """
         samples = []
         for i, (images, prompt) in enumerate(zip(references, prompts, strict=True)):
@@ -103,7 +105,11 @@ class EasyRef:
             filled = list(images) or [null_image()]
             samples.append((tuple(_digest(image) for image in filled), prompt, given, filled))
         unique = {sample[:3]: sample for sample in samples}
-        tokens_UTX = self._tokens(list(unique.values())).to(self.pipe.unet.dtype)
+        tokens = {key: self.encoded[key] for key in unique if key in self.encoded}
+        if missing := [key for key in unique if key not in tokens]:
+            tokens |= zip(missing, self._tokens([unique[key] for key in missing]), strict=True)
+            self.encoded.update((key, tokens[key].clone()) for key in missing)
+        tokens_UTX = torch.stack([tokens[key] for key in unique]).to(self.pipe.unet.dtype)
         rows = {key: row for row, key in enumerate(unique)}
         return self.adapter.payload(tokens_UTX)[[rows[sample[:3]] for sample in samples]]
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
 import sys
 from collections.abc import Iterable, Iterator
+from importlib.metadata import version
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -26,6 +28,12 @@ def track(items: Iterable[T], title: str, total: int, unit: str = "images") -> I
         for item in items:
             yield item
             progress.update()
+
+
+def machine(*packages: str) -> dict[str, object]:
+    """What a benchmark ran on, for its file."""
+    versions = {name: version(name) for name in packages}
+    return {"hardware": f"{platform.machine()}, {os.cpu_count()} cores", "versions": versions}
 
 
 def use_threads(threads: int) -> str:

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,11 @@ def sha256_bytes(data: bytes) -> str:
 def sha256_file(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def changed_file(folder: Path, files: Mapping[str, str]) -> str | None:
+    """The first of `files` (name → sha256) that `folder` lacks or has with another hash."""
+    return next((name for name, digest in files.items() if not (folder / name).exists() or sha256_file(folder / name) != digest), None)
 
 
 def sha256_json(value: Any) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 from easyref.config import Release, load_params
 from easyref.lineage import evaluated_on, lineage
-from easyref.records import atomic_folder, read_json, sha256_file, write_json
+from easyref.records import atomic_folder, changed_file, read_json, sha256_file, write_json
 from easyref.tracking import MODEL, connect, figures, flat, tags
 
 CHAMPION, CHALLENGER = "champion", "challenger"
@@ -128,9 +128,8 @@ def check_graphs(folder: Path) -> str:
     """
     if not (folder / MANIFEST).exists():
         raise ValueError(f"{folder}: no {MANIFEST}; export the graphs with `python -m export`")
-    for name, digest in read_json(folder / MANIFEST)["files"].items():
-        if not (folder / name).exists() or sha256_file(folder / name) != digest:
-            raise ValueError(f"{folder / name}: missing or not the one in {MANIFEST}; export or pull it again")
+    if name := changed_file(folder, read_json(folder / MANIFEST)["files"]):
+        raise ValueError(f"{folder / name}: missing or not the one in {MANIFEST}; export or pull it again")
     return sha256_file(folder / MANIFEST)
 
 

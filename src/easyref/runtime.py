@@ -16,7 +16,7 @@ from torch import Tensor
 
 from easyref.model.flat import flat_inputs
 from easyref.model.reference import ReferenceInputs
-from easyref.records import read_json, sha256_file
+from easyref.records import changed_file, read_json
 
 MANIFEST = "manifest.json"
 NAMES = ("unet", "reference_kv", "vae_decoder", "vision", "prefix", "aggregator")
@@ -30,12 +30,10 @@ class EngineError(RuntimeError):
 class Engine:
     """One ONNX graph in ONNX Runtime: tensors in by name, one tensor out."""
 
-    def __init__(self, path: Path, provider: str = "CPUExecutionProvider", threads: int = 0) -> None:
+    def __init__(self, path: Path, provider: str = "CPUExecutionProvider") -> None:
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        self.session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
+        self.session = onnxruntime.InferenceSession(str(path), providers=[provider])
         if self.session.get_providers()[0] != provider:  # it falls back without a word
             taken = self.session.get_providers()[0]
             raise EngineError(f"{path}: asked for {provider}, ONNX Runtime took {taken}; install what {provider} needs")
@@ -56,9 +54,8 @@ def check_graphs(folder: Path) -> dict[str, Any]:
     if not (folder / MANIFEST).exists():
         raise EngineError(f"{folder}: no graphs; make them with `easyref export CHECKPOINT {folder}`")
     manifest = read_json(folder / MANIFEST)
-    for name, digest in manifest["files"].items():
-        if not (folder / name).exists() or sha256_file(folder / name) != digest:
-            raise EngineError(f"{folder / name}: missing or not what was written; make the graphs again")
+    if name := changed_file(folder, manifest["files"]):
+        raise EngineError(f"{folder / name}: missing or not what was written; make the graphs again")
     missing = [name for name in NAMES if f"{name}.onnx" not in manifest["files"]]
     if missing or "shapes" not in manifest:
         raise EngineError(f"{folder}: written by an older version, make the graphs again")
@@ -72,18 +69,18 @@ class Engines:
         self.engines, self.layers, self.device, self.scale = engines, layers, device, 1.0
 
     @classmethod
-    def onnxruntime(cls, folder: Path, provider: str = "cpu", threads: int = 0) -> Engines:
+    def onnxruntime(cls, folder: Path, provider: str = "cpu") -> Engines:
         """The graphs of `folder` in ONNX Runtime."""
         if provider not in PROVIDERS:
             raise EngineError(f"provider {provider!r}: not one of {', '.join(PROVIDERS)}")
         manifest = check_graphs(folder)
-        made = {name: Engine(folder / f"{name}.onnx", PROVIDERS[provider], threads) for name in NAMES}
+        made = {name: Engine(folder / f"{name}.onnx", PROVIDERS[provider]) for name in NAMES}
         return cls(made, manifest["shapes"]["layers"])
 
     def install(self, easyref: Any) -> None:
         """Take the place of the torch modules of `easyref`."""
         pipe = easyref.pipe
-        easyref.starts = LRUCache(0)  # the graph of the prefix runs it whole
+        easyref.starts = LRUCache(0)  # the graph of the prefix runs whole
         easyref.encoder.forward = self._encoder(easyref.encoder)
         easyref.adapter.payload, easyref.adapter.set_scale = self.payload, self.set_scale
         pipe.unet.forward, pipe.vae.decode = self._unet, self._decoder(pipe.vae.config.scaling_factor)

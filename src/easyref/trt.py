@@ -11,10 +11,10 @@ from __future__ import annotations
 import ctypes
 import re
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,26 +42,10 @@ class Options:
     optimization_level: int = 3  # 0 (quick to build) … 5
     workspace_mib: int | None = None  # most scratch memory; None: TensorRT decides
     refit: bool = False  # weights can be replaced later
-    strip_weights: bool = False  # the plan holds none; refit before the first run
-    weight_streaming: bool = False  # weights may stay in host memory
-    version_compatible: bool = False
-    hardware_compatible: bool = False  # any GPU from Ampere on
-    verbosity: Literal["names", "detailed"] = "names"
-
-    def flags(self) -> list[str]:
-        """Names of trt.BuilderFlag."""
-        wanted = {
-            "REFIT": self.refit, "STRIP_PLAN": self.strip_weights, "WEIGHT_STREAMING": self.weight_streaming,
-            "VERSION_COMPATIBLE": self.version_compatible,
-        }  # fmt: skip
-        return [name for name, on in wanted.items() if on]
+    detailed: bool = False  # layers of the plan can be inspected
 
 
-@dataclass(frozen=True)
-class Profile:
-    """Least, usual and largest shape of every input of a graph."""
-
-    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]  # least, usual and largest of every input of a graph
 
 
 def parse_range(text: str, name: str) -> Range:
@@ -103,7 +87,7 @@ def ranges(name: str, sizes: Sizes, shapes: dict[str, Any]) -> dict[str, Range]:
     return {axis: (int(r[0]), int(r[1]), int(r[2])) for axis, r in of[name].items()}
 
 
-def profile(graph: Path, axes: dict[str, Range]) -> Profile:
+def profile(graph: Path, axes: dict[str, Range]) -> Shapes:
     """Shapes of the inputs of an ONNX file, its named axes filled in.
 
     Raises:
@@ -112,12 +96,12 @@ def profile(graph: Path, axes: dict[str, Range]) -> Profile:
     import onnx
 
     model = onnx.load(str(graph), load_external_data=False)
-    shapes = {}
+    shapes: Shapes = {}
     for value in model.graph.input:
         dims = [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
         least, usual, largest = (tuple(_size(dim, axes, i, graph, value.name) for dim in dims) for i in range(3))
         shapes[value.name] = (least, usual, largest)
-    return Profile(shapes)
+    return shapes
 
 
 def _size(dim: str | int, axes: dict[str, Range], which: int, graph: Path, name: str) -> int:
@@ -195,9 +179,14 @@ def device() -> str:
 # -- build -------------------------------------------------------------------------------------------------------------
 
 
-def key(graph_sha256: str, shapes: Profile, options: Options, tensorrt: str, gpu: str) -> str:
+def key(graph_sha256: str, shapes: Shapes, options: Options, tensorrt: str, gpu: str) -> str:
     """What a plan is for; another key needs another plan."""
-    return sha256_json([SCHEMA, graph_sha256, asdict(shapes), asdict(options), tensorrt, gpu])
+    return sha256_json([SCHEMA, graph_sha256, shapes, asdict(options), tensorrt, gpu])
+
+
+def graph_digest(manifest: dict[str, Any], name: str) -> str:
+    """Of a graph's file and of the one with its weights, where they are apart."""
+    return sha256_json({file: digest for file, digest in manifest["files"].items() if file.startswith(f"{name}.onnx")})
 
 
 @dataclass(frozen=True)
@@ -207,7 +196,8 @@ class Step:
     name: str
     graph: Path
     plan: Path
-    shapes: Profile
+    shapes: Shapes
+    digest: str  # of the graph
     key: str
     fresh: bool
 
@@ -219,11 +209,11 @@ def steps(graphs: Path, out: Path, sizes: Sizes, options: Options, tensorrt: str
     for name in NAMES:
         path, plan = graphs / f"{name}.onnx", out / f"{name}.plan"
         shapes = profile(path, ranges(name, sizes, manifest["shapes"]))
-        digest = sha256_json({file: h for file, h in manifest["files"].items() if file.startswith(f"{name}.onnx")})
+        digest = graph_digest(manifest, name)
         own = key(digest, shapes, options, tensorrt, gpu)
         sidecar = plan.with_suffix(".json")
         fresh = plan.exists() and sidecar.exists() and read_json(sidecar)["key"] == own
-        found.append(Step(name, path, plan, shapes, own, fresh))
+        found.append(Step(name, path, plan, shapes, digest, own, fresh))
     return found
 
 
@@ -246,32 +236,33 @@ def build(step: Step, options: Options, timing_cache: Path | None = None) -> Non
         raise EngineError(f"{step.graph}: TensorRT cannot parse node {wrong.node_name()} ({wrong.node_operator()}): {wrong.desc()}")
     config = builder.create_builder_config()
     config.builder_optimization_level = options.optimization_level
-    verbosity = trt.ProfilingVerbosity
-    config.profiling_verbosity = verbosity.DETAILED if options.verbosity == "detailed" else verbosity.LAYER_NAMES_ONLY
-    if options.hardware_compatible:
-        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if options.detailed:
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if options.workspace_mib:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib * 2**20)
-    for flag in options.flags():
-        config.set_flag(getattr(trt.BuilderFlag, flag))
+    if options.refit:
+        config.set_flag(trt.BuilderFlag.REFIT)
     if timing_cache:
         data = timing_cache.read_bytes() if timing_cache.exists() else b""
         config.set_timing_cache(config.create_timing_cache(data), False)
     chosen = builder.create_optimization_profile()
-    for name, (least, usual, largest) in step.shapes.shapes.items():
+    for name, (least, usual, largest) in step.shapes.items():
         chosen.set_shape(name, least, usual, largest)
     config.add_optimization_profile(chosen)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise EngineError(f"{step.graph}: TensorRT built no engine; its log above says why; more memory: --workspace")
     write_bytes(step.plan, bytes(plan))
-    write_json(step.plan.with_suffix(".json"), {"key": step.key, "tensorrt": trt.__version__, "gpu": device(), **asdict(step.shapes)})
+    about = {"key": step.key, "graph": step.digest, "tensorrt": trt.__version__, "gpu": device(), "shapes": step.shapes}
+    write_json(step.plan.with_suffix(".json"), about)
     if timing_cache:
         write_bytes(timing_cache, bytes(config.get_timing_cache().serialize()))
 
 
 def refit(plan: Path, graph: Path) -> None:
-    """Put the weights of `graph` into a plan that was built with `refit`: the same network, other weights."""
+    """Put the weights of `graph` into a plan that was built with `refit`: the same network, other weights. The plan then is one of
+    `graph`; another `build` makes it anew."""
+    digest = graph_digest(check_graphs(graph.parent), graph.stem)
     trt = load()
     logger = trt.Logger(trt.Logger.WARNING)
     engine = trt.Runtime(logger).deserialize_cuda_engine(plan.read_bytes())
@@ -285,7 +276,10 @@ def refit(plan: Path, graph: Path) -> None:
         raise EngineError(f"{graph}: lacks {len(missing)} weights of {plan}, {missing[0]} first; build the engine again")
     if not refitter.refit_cuda_engine():
         raise EngineError(f"{plan}: TensorRT did not take the weights of {graph}")
+    sidecar = plan.with_suffix(".json")
+    about = read_json(sidecar)
     write_bytes(plan, bytes(engine.serialize()))
+    write_json(sidecar, about | {"key": "refitted", "graph": digest})
 
 
 def inspect(plan: Path) -> str:
@@ -307,7 +301,7 @@ def check_shape(name: str, shape: tuple[int, ...], least: tuple[int, ...], large
 
 
 class TensorRTEngine:
-    """One plan: tensors in by name, one tensor out, all on the GPU. With `cuda_graph` a shape seen before is replayed, not launched."""
+    """One plan: tensors in by name, one tensor out, all on the GPU. With `cuda_graph` the last shapes are replayed, not launched."""
 
     def __init__(self, plan: Path, cuda_graph: bool = False) -> None:
         self.trt = trt = load()
@@ -319,12 +313,13 @@ class TensorRTEngine:
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         self.inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
         (self.output,) = [name for name in names if name not in self.inputs]
-        self.replays: dict[tuple[tuple[int, ...], ...], tuple[torch.cuda.CUDAGraph, dict[str, Tensor], Tensor]] = {}
+        self.shapes: tuple[tuple[int, ...], ...] = ()  # that `replay` is of: another one changes the context below it
+        self.replay: tuple[torch.cuda.CUDAGraph, dict[str, Tensor], Tensor] | None = None
 
     def __call__(self, **inputs: Tensor) -> Tensor:
         given = {name: inputs[name].to("cuda", self._dtype(name)).contiguous() for name in self.inputs}
         shapes = tuple(tuple(given[name].shape) for name in self.inputs)
-        if shapes not in self.replays:
+        if self.replay is None or shapes != self.shapes:
             for name, shape in zip(self.inputs, shapes, strict=True):
                 least, _, largest = self.engine.get_tensor_profile_shape(name, 0)
                 check_shape(name, shape, tuple(least), tuple(largest), str(self.plan))
@@ -332,7 +327,7 @@ class TensorRTEngine:
             if self.cuda_graph:
                 self._capture(shapes, given)
             return out
-        graph, held, out = self.replays[shapes]
+        graph, held, out = self.replay
         for name, tensor in given.items():
             held[name].copy_(tensor)
         graph.replay()
@@ -359,7 +354,7 @@ class TensorRTEngine:
         torch.cuda.synchronize()
         with torch.cuda.graph(graph):
             self.context.execute_async_v3(torch.cuda.current_stream().cuda_stream)
-        self.replays[shapes] = graph, held, out
+        self.shapes, self.replay = shapes, (graph, held, out)
 
     def _dtype(self, name: str) -> torch.dtype:
         trt, kind = self.trt, self.engine.get_tensor_dtype(name)
@@ -383,5 +378,7 @@ def engines(graphs: Path, plans: Path, cuda_graph: bool = False) -> Engines:
         if (about["tensorrt"], about["gpu"]) != (trt.__version__, device()):
             there = f"TensorRT {about['tensorrt']} on {about['gpu']}"
             raise EngineError(f"{plans / name}.plan: built by {there}, here is {trt.__version__} on {device()}; `easyref trt build`")
+        if about["graph"] != graph_digest(manifest, name):
+            raise EngineError(f"{plans / name}.plan: of other graphs than those of {graphs}; `easyref trt build`")
         made[name] = TensorRTEngine(plans / f"{name}.plan", cuda_graph and name == "unet")
     return Engines(made, manifest["shapes"]["layers"], "cuda")

@@ -15,7 +15,7 @@ from easyref.config import Likeness, load_params
 from easyref.data import learned
 from easyref.data.bench import LIKENESS, plant
 from easyref.data.embed import read_space
-from easyref.data.group import learned_groups
+from easyref.data.group import learned_groups, read_spaces
 from easyref.data.learned import cohesion, later_of_twins, learn_groups, linked, pair_scores, parts, spread
 from easyref.data.neighbours import make_cells, similar_pairs
 from easyref.records import ROW_COLUMNS, read_json, write_table
@@ -129,7 +129,11 @@ def test_groups_do_not_depend_on_shards_and_nan_is_left_out(tmp_path: Path) -> N
             np.save(tmp_path / place / f"subject-{number:05d}.npy", vectors[rows].astype(np.float16))
     p = Likeness(threshold=0.4, near_duplicate=1.0, neighbours=16, min_members=2, max_members=8)
     params = load_params("presets/nano.yaml").group.model_copy(update={"likeness": {"subject": p}})
-    one, three = (learned_groups(tmp_path / place, params, tmp_path / "work", 0) for place in ("one", "three"))
+
+    def grouped(folder: Path) -> pl.DataFrame:
+        return learned_groups(read_spaces(folder, ["subject"], tmp_path / "work"), params, tmp_path / "work", 0)
+
+    one, three = (grouped(tmp_path / place) for place in ("one", "three"))
     assert one.equals(three) and len(one) > 20
     members = [m for g in one["members"] for m in g]
     assert len(members) == len(set(members)) and names[7] not in members

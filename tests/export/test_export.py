@@ -130,7 +130,7 @@ def test_profiles_hold_for_the_graphs(out: Path) -> None:
     shapes = check_graphs(out)["shapes"]
     rng = np.random.default_rng(0)
     for name, engine in Engines.onnxruntime(out).engines.items():
-        found = profile(out / f"{name}.onnx", ranges(name, sizes, shapes)).shapes
+        found = profile(out / f"{name}.onnx", ranges(name, sizes, shapes))
         kinds = {value.name: value.type.tensor_type.elem_type for value in onnx.load(out / f"{name}.onnx").graph.input}
         for which in range(3):
             inputs = {}

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ import numpy as np
 
 from easyref.config import Likeness
 from easyref.data.learned import learn_groups, pair_scores
+from easyref.progress import machine
 from easyref.records import write_json
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -89,9 +87,7 @@ def bench_group(counts: list[int], out: Path, workers: int) -> dict[str, Any]:
     least, most = runs[0], runs[-1]
     growth = math.log(most["seconds"] / least["seconds"]) / math.log(most["n"] / least["n"]) if most["n"] > least["n"] else None
     result = {
-        "runs": runs, "exponent": growth, "width": WIDTH, "workers": workers,
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {name: version(name) for name in ("numpy", "scipy", "faiss-cpu")},
+        "runs": runs, "exponent": growth, "width": WIDTH, "workers": workers, **machine("numpy", "scipy", "faiss-cpu"),
     }  # fmt: skip
     write_json(out, result)
     return result

@@ -33,6 +33,7 @@ from easyref.records import IMAGE_COLUMNS, ROW_COLUMNS, atomic_folder, read_tabl
 
 Array = np.ndarray[Any, np.dtype[Any]]
 SPACES = ("subject", "style", "text")
+SCHEMA = dict(zip(ROW_COLUMNS, (pl.String, pl.String, *[pl.Int32] * 4, pl.Float32), strict=True))
 PIECE = 512  # images
 Piece = tuple[pl.DataFrame, Path]  # rows of images.parquet, and the folder for what is made of them
 
@@ -55,6 +56,7 @@ class Extractors:
     images: Callable[[Sequence[Image.Image]], tuple[Array, Array]]  # → subject [n, E], style [n, E]
     texts: Callable[[Sequence[str]], Array]  # → [n, E]
     subjects: Callable[[Sequence[Image.Image]], list[list[Box]]] | None = None
+    crops: Callable[[Sequence[Image.Image]], Array] | None = None  # of subjects → [n, E], as `images` gives it
 
 
 Make = Callable[[Embed], Extractors]
@@ -155,22 +157,21 @@ def embed_piece(table: pl.DataFrame, part: Path, images: Path, p: Embed, make: M
         text = extractors.texts(batch["caption"].to_list())
         for i, (name, image) in enumerate(zip(names, pictures, strict=True)):
             add(name, "image", Box(0, 0, *image.size), subject=subject[i], style=style[i], text=text[i])
-        boxes = extractors.subjects(pictures) if extractors.subjects else [[] for _ in pictures]
+        if not (extractors.subjects and extractors.crops):
+            continue
+        boxes = extractors.subjects(pictures)
         crops = [(name, image, box) for name, image, own in zip(names, pictures, boxes, strict=True) for box in own]
         if crops:
-            of_crops, _ = extractors.images([image.crop((b.left, b.top, b.right, b.bottom)) for _, image, b in crops])
+            of_crops = extractors.crops([image.crop((b.left, b.top, b.right, b.bottom)) for _, image, b in crops])
             for (name, _, box), vector in zip(crops, of_crops, strict=True):
                 add(name, "subject", box, subject=vector)
     with atomic_folder(part) as folder:
-        write_table(folder / "rows.parquet", pl.DataFrame(rows, schema=dict(zip(ROW_COLUMNS, _TYPES, strict=True)), orient="row"))
+        write_table(folder / "rows.parquet", pl.DataFrame(rows, schema=SCHEMA, orient="row"))
         for space, found in vectors.items():
             if any(v is not None for v in found):
                 width = next(len(v) for v in found if v is not None)
                 stacked = np.stack([np.full(width, np.nan, np.float32) if v is None else v for v in found])
                 np.save(folder / f"{space}.npy", stacked.astype(np.float16))
-
-
-_TYPES = (pl.String, pl.String, pl.Int32, pl.Int32, pl.Int32, pl.Int32, pl.Float32)
 
 
 def _ahead(load: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
@@ -184,9 +185,10 @@ def _ahead(load: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
 
 def read_space(folder: Path, space: str, part: str, file: Path) -> tuple[pl.DataFrame, Array]:
     """Rows of `part` that have a finite vector in `space`, sorted by image and place, and their vectors float16 [N, E] on disk."""
-    tables, goods = [pl.DataFrame(schema=dict(zip(ROW_COLUMNS, _TYPES, strict=True)))], []
-    arrays = [np.load(array, mmap_mode="r") for array in sorted(folder.glob(f"{space}-*.npy"))]
-    for array, name in zip(arrays, sorted(folder.glob(f"{space}-*.npy")), strict=True):
+    tables, goods = [pl.DataFrame(schema=SCHEMA)], []
+    files = sorted(folder.glob(f"{space}-*.npy"))
+    arrays = [np.load(array_file, mmap_mode="r") for array_file in files]
+    for array, name in zip(arrays, files, strict=True):
         table = read_table(folder / f"rows-{name.stem.rsplit('-', 1)[1]}.parquet", ROW_COLUMNS)
         if len(array) != len(table):
             raise ValueError(f"{name}: {len(array)} vectors for {len(table)} rows; run `easyref embed` again")

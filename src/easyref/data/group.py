@@ -21,19 +21,20 @@ from easyref.config import Group, Params
 from easyref.data.captions import GIVEN
 from easyref.data.embed import read_space
 from easyref.data.learned import learn_groups, pair_scores, spread
-from easyref.data.neighbours import kmeans, nearest
-from easyref.data.shards import ImageStore
-from easyref.records import write_json, write_table
+from easyref.data.neighbours import Array, kmeans, nearest
+from easyref.records import GROUP_COLUMNS, IMAGE_COLUMNS, read_table, write_json, write_table
 
 KEYS = {"subject": ("concept", "gender"), "person": ("style", "gender", "tone"), "style": ("style", "category"), "given": ("concept",)}
 
 
 def group_stage(params: Params, data: Path, metrics: Path, work: Path) -> pl.DataFrame:
     """Write `groups/groups.parquet`, and what learned groups are worth against the labels, where there are labels, to `metrics`."""
-    p, embeddings = params.group, data / "embeddings"
-    images = ImageStore(data / "images").table
-    labelled, learned = label_groups(images, p), learned_groups(embeddings, p, work, params.seed)
-    scores = score(learned, labelled, embeddings, work, params.seed)
+    p = params.group
+    labelled = label_groups(read_table(data / "images" / "images.parquet", IMAGE_COLUMNS), p)
+    kinds = set(p.likeness) if p.by == "embeddings" else set(p.likeness) & set(labelled["kind"])
+    spaces = read_spaces(data / "embeddings", sorted(kinds), work)
+    learned = learned_groups(spaces, p, work, params.seed)
+    scores = score(learned, labelled, spaces, params.seed)
     table = labelled.with_columns(cohesion=pl.lit(None, pl.Float64)) if p.by == "labels" else learned
     if not len(table):
         raise ValueError(f"{data}: no groups of {p.by}; lower group.min_members or the thresholds, or set group.by to the other")
@@ -52,31 +53,37 @@ def label_groups(images: pl.DataFrame, params: Group) -> pl.DataFrame:
     return pl.concat(tables).sort("group_id")
 
 
-def learned_groups(embeddings: Path, params: Group, work: Path, seed: int) -> pl.DataFrame:
-    """Groups of images whose vectors are alike, with their `cohesion` (mean cosine); an image is in one group of a kind at most."""
+Space = tuple[list[str], Array]  # of each row the image, and its vector [N, E]
+
+
+def read_spaces(embeddings: Path, kinds: list[str], work: Path) -> dict[str, Space]:
+    """By kind, the vectors that its groups are learned from: of detected subjects where there are any, else of whole images."""
     work.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for kind, p in sorted(params.likeness.items()):
-        table, vectors = read_space(embeddings, SPACE[kind], "subject", work / "rows.npy")
+    spaces: dict[str, Space] = {}
+    for kind in kinds:
+        rows = work / "rows.npy"
+        table, vectors = read_space(embeddings, SPACE[kind], "subject", rows)
         if not len(table):
-            table, vectors = read_space(embeddings, SPACE[kind], "image", work / "rows.npy")
-        if len(table) < 2:
-            continue
-        names = table["sha256"].to_list()
+            table, vectors = read_space(embeddings, SPACE[kind], "image", rows)
+        if len(table) > 1:
+            spaces[kind] = table["sha256"].to_list(), spread(vectors, work / f"{kind}.npy")
+    return spaces
+
+
+def learned_groups(spaces: dict[str, Space], params: Group, work: Path, seed: int) -> pl.DataFrame:
+    """Groups of images whose vectors are alike, with their `cohesion` (mean cosine); an image is in one group of a kind at most."""
+    rows = []
+    for kind, (names, vectors) in spaces.items():
+        p = params.likeness[kind]  # type: ignore[index]
         taken: set[str] = set()
-        groups, _ = learn_groups(spread(vectors, work / "spread.npy"), p, work, seed, params.workers)
+        groups, _ = learn_groups(vectors, p, work, seed, params.workers)
         for group in sorted(groups, key=lambda g: (-g.cohesion, g.members)):
             members = sorted({names[i] for i in group.members} - taken)
             if len(members) >= p.min_members:
                 taken.update(members)
                 rows.append((f"{kind}/{members[0][:16]}", kind, "", members, group.cohesion))
-    schema: dict[str, Any] = {
-        "group_id": pl.String,
-        "kind": pl.String,
-        "split": pl.String,
-        "members": pl.List(pl.String),
-        "cohesion": pl.Float64,
-    }
+    types = (pl.String, pl.String, pl.String, pl.List(pl.String), pl.Float64)
+    schema: dict[str, Any] = dict(zip((*GROUP_COLUMNS, "cohesion"), types, strict=True))
     return pl.DataFrame(rows, schema=schema, orient="row").sort("group_id")
 
 
@@ -96,7 +103,7 @@ def _groups_of_kind(images: pl.DataFrame, kind: str, params: Group) -> pl.DataFr
     return table.select(name.alias("group_id"), pl.lit(kind).alias("kind"), pl.lit("").alias("split"), "members")
 
 
-def score(learned: pl.DataFrame, labelled: pl.DataFrame, embeddings: Path, work: Path, seed: int) -> dict[str, Any]:
+def score(learned: pl.DataFrame, labelled: pl.DataFrame, spaces: dict[str, Space], seed: int) -> dict[str, Any]:
     """Pairwise precision, recall and F1 of learned groups against labelled ones of the same kind, and the same of plain k-means on
     the same vectors. Only images that the labels speak of count; k-means is told how many groups there are."""
     found: dict[str, Any] = {}
@@ -105,12 +112,12 @@ def score(learned: pl.DataFrame, labelled: pl.DataFrame, embeddings: Path, work:
         covered = sorted({m for members in truth for m in members})
         place = {name: i for i, name in enumerate(covered)}
         mine = [[place[m] for m in members if m in place] for members in learned.filter(kind=kind)["members"].to_list()]
-        table, vectors = read_space(embeddings, SPACE[kind], "image", work / "rows.npy")
-        rows = np.flatnonzero(table["sha256"].is_in(covered).to_numpy())
-        known_nE = np.asarray(spread(vectors, work / "spread.npy")[rows], np.float32)
-        names = table["sha256"].gather(rows).to_list()
+        names, vectors = spaces[kind]
+        first = {name: row for row, name in reversed(list(enumerate(names))) if name in place}  # one subject of an image
+        known_nE = np.asarray(vectors[list(first.values())], np.float32)
         cell = nearest(known_nE, kmeans(known_nE, len(truth), seed))
-        plain = [[place[names[i]] for i in np.flatnonzero(cell == number)] for number in range(len(truth))]
+        of_row = [place[name] for name in first]
+        plain = [[of_row[i] for i in np.flatnonzero(cell == number)] for number in range(len(truth))]
         true = [[place[m] for m in members] for members in truth]
         found[kind] = {
             "images": len(covered), "labelled_groups": len(truth), "learned_groups": len(mine),

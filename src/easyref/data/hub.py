@@ -25,7 +25,7 @@ def make_extractors(p: Embed) -> Extractors:
         return (images(items) if images else deep), shallow
 
     texts = HubTexts(p.texts, p.batch) if p.texts else MiniLM(batch=p.batch)
-    return Extractors(both, texts, HubSubjects(p.subjects) if p.subjects else None)
+    return Extractors(both, texts, HubSubjects(p.subjects) if p.subjects else None, images or lite0)
 
 
 def _load(auto: str, model: Model) -> Any:

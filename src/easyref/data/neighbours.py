@@ -23,7 +23,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 CELL = 256  # vectors of a cell, about
 AROUND = 64  # neighbouring cells that are searched too, and those whose neighbour a cell is
-SAMPLE = 64  # vectors a centre in the training of k-means
+TOP_SAMPLE, SAMPLE = 1024, 64  # vectors a centre in the training of k-means, of the first and the second level
 BLOCK = 16384  # vectors at once
 
 
@@ -50,7 +50,7 @@ def make_cells(vectors_NE: Array, file: Path, seed: int = 0) -> Cells:
     count = len(vectors_NE)
     upper = max(1, round((count / CELL) ** 0.5))
     rng = np.random.default_rng(seed)
-    chosen = np.sort(rng.permutation(count)[: upper * max(SAMPLE, 4 * CELL)])
+    chosen = np.sort(rng.permutation(count)[: upper * TOP_SAMPLE])
     top_centres = kmeans(np.asarray(vectors_NE[chosen], np.float32), upper, seed)
     top_N = np.concatenate([nearest(np.asarray(vectors_NE[i : i + BLOCK], np.float32), top_centres) for i in range(0, count, BLOCK)])
     sorted_NE = np.lib.format.open_memmap(file, "w+", np.float16, vectors_NE.shape)
@@ -155,7 +155,7 @@ def kmeans(vectors_nE: Array, count: int, seed: int) -> Array:
     try:
         kmeans = faiss.Kmeans(
             vectors_nE.shape[1], count, niter=10, seed=seed + 1, spherical=True, min_points_per_centroid=1,
-            max_points_per_centroid=4 * CELL, verbose=False,
+            max_points_per_centroid=TOP_SAMPLE,
         )  # fmt: skip
         kmeans.train(np.ascontiguousarray(vectors_nE))
     finally:

@@ -10,12 +10,9 @@ Ratios are medians over rounds, in each of which every method runs once, in turn
 from __future__ import annotations
 
 import copy
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +23,7 @@ from PIL import Image
 from easyref.model.adapter import Adapter
 from easyref.model.attention import kv_layout
 from easyref.model.reference import ReferenceConfig, ReferenceEncoder, ReferenceProcessor, ReferenceSample
-from easyref.progress import track
+from easyref.progress import machine, track
 from easyref.records import write_json
 
 TOKENS, TEXT, WIDTH, SIDE = 64, 77, 512, 32  # reference tokens, text tokens, cross-attention width, latents' side
@@ -47,8 +44,7 @@ def bench_infer(out: Path, tokenizer: str, rounds: int = 25) -> dict[str, Any]:
         "new_prompt_over_first_encode": _ratio(took, "new_prompt", "first_encode"),
         "median_ms": {name: round(value, 2) for name, value in ms.items()},
         "unet_parameters": parameters, "reference_tokens": TOKENS, "references": REFERENCES, "rounds": rounds,
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+        "threads": torch.get_num_threads(), **machine("torch", "diffusers", "transformers"),
     }  # fmt: skip
     write_json(out, result)
     return result
