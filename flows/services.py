@@ -33,7 +33,6 @@ STATE, LOGS = Path(".work/services.json"), Path(".work/services")
 def environment(project: Path) -> dict[str, str]:
     """Of everything that is started: loopback addresses; databases and artifacts in the project unless the environment names others."""
     stores = {
-        "MLFLOW_ARTIFACTS_DESTINATION": f"{project}/mlruns",
         "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{project}/mlflow.db",
         "PREFECT_API_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{project}/.prefect/prefect.db",
     }
@@ -48,6 +47,8 @@ def environment(project: Path) -> dict[str, str]:
         "PREFECT_WORKER_WEBSERVER_PORT": str(WORKER_PORT),
         "PYTHONPATH": str(project),
     }
+    if "MLFLOW_ARTIFACTS_DESTINATION" not in os.environ:  # plain paths: `easyref` finds the files without the server, too
+        stores |= {"MLFLOW_DEFAULT_ARTIFACT_ROOT": f"{project}/mlruns", "MLFLOW_SERVE_ARTIFACTS": "false"}
     return stores | os.environ | fixed
 
 

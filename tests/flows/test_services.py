@@ -60,7 +60,7 @@ def wait(ready: Callable[[], bool], seconds: float = 120) -> None:
 def test_a_deployment_run_ends_with_a_champion_that_draws(place: Path, tmp_path: Path) -> None:
     """`prefect deployment run easyref/full --watch` from another folder; then everything the registry can do, over HTTP."""
     os.environ["MLFLOW_TRACKING_URI"] = f"http://{services.HOST}:{services.MLFLOW_PORT}"
-    deployment = ["prefect", "deployment", "run", "easyref/full", "--watch", "--watch-timeout", "500"]
+    deployment = ["prefect", "deployment", "run", "easyref/full", "--watch", "--watch-timeout", "1500"]
     done = run(deployment, tmp_path)
     assert done.returncode == 0 and "Completed" in done.stdout, done.stdout + done.stderr
     assert easyref(place, "pull", "models:/easyref@champion", str(tmp_path / "model")) == f"{tmp_path / 'model'}: version 1\n"
@@ -181,7 +181,7 @@ def test_a_cancelled_run_and_a_killed_worker_lose_nothing(place: Path, tmp_path:
     services_do("down", place)
     services_do("up", place)
     assert last_run()["state"]["type"] == "CRASHED"
-    done = run([*COUNTER, "--watch", "--watch-timeout", "240"], tmp_path)
+    done = run([*COUNTER, "--watch", "--watch-timeout", "900"], tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     interrupted = (place / "counter").read_text()
     log.unlink()
@@ -191,13 +191,15 @@ def test_a_cancelled_run_and_a_killed_worker_lose_nothing(place: Path, tmp_path:
 
 def test_a_failing_stage_fails_the_watched_run(place: Path, tmp_path: Path) -> None:
     (place / "better.json").unlink()
-    done = run(["prefect", "deployment", "run", "easyref/evaluate", "--watch", "--watch-timeout", "240"], tmp_path)
+    done = run(["prefect", "deployment", "run", "easyref/evaluate", "--watch", "--watch-timeout", "900"], tmp_path)
     assert done.returncode == 1
     message = last_run()["state"]["message"]
     assert "evaluate: exit code" in message and "better.json" in message
 
 
-def test_down_stops_exactly_what_up_started(place: Path) -> None:
+def test_down_stops_exactly_what_up_started_and_keeps_what_it_made(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     started = {pid: begin for pid, begin in read_json(place / services.STATE)["started"].values()}
     assert len(started) == 3 and all(services._alive(pid, begin) for pid, begin in started.items())
@@ -209,3 +211,6 @@ def test_down_stops_exactly_what_up_started(place: Path) -> None:
     for port in (services.PREFECT_PORT, services.MLFLOW_PORT):
         with socket.socket() as probe:
             assert probe.connect_ex((services.HOST, port)) != 0
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert "easyref 1 (champion)" in easyref(place, "trace", "models:/easyref@champion")
+    assert easyref(place, "pull", "models:/easyref@champion", str(tmp_path / "model")) == f"{tmp_path / 'model'}: version 1\n"
