@@ -1,13 +1,11 @@
 """The warm start of the pretraining on the shipped base models and a few real images."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 
 from easyref.config import ConfigError, Params, parse_params
 from easyref.data.captions import caption
@@ -27,13 +25,9 @@ ALIGN = {
     "cooldown_images": 480,
     "ema_images": 0,
     "group_share": 0.0,
+    "swap_colours": 0.0,
+    "mirror": 0.0,
 }
-
-
-@pytest.fixture(autouse=True)
-def own_accelerator() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

@@ -1,13 +1,11 @@
 """The models of a stage as it starts, on the shipped base: dtypes, initial values, and cached vision tokens."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 
 from easyref.config import Params, parse_params
 from easyref.data.dataset import TrainingImages
@@ -16,14 +14,6 @@ from easyref.training import stages
 from easyref.training.models import load_models
 
 DATA, MODELS = Path("data"), Path("models")
-
-
-@pytest.fixture(autouse=True)
-def own_accelerator() -> Iterator[None]:
-    """accelerate keeps one precision for the whole process; a run has one process a stage."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
@@ -72,4 +62,4 @@ def test_a_frozen_prefix_with_cached_vision_gives_the_tokens_of_the_whole_encode
     )
     for samples in ([first, null], [second, first]):  # the second batch finds vision tokens in the cache, in another order
         torch.testing.assert_close(frozen.reference_tokens(samples), whole.reference_tokens(samples), atol=1e-4, rtol=1e-4)
-    assert frozen.reference_tokens([first]).requires_grad and set(frozen.vision) == {0, 1, 2, 3, stages.NULL}
+    assert frozen.reference_tokens([first]).requires_grad and set(frozen.vision) == {(i, 0) for i in (0, 1, 2, 3, stages.NULL)}

@@ -255,8 +255,11 @@ class Samples(Optimisation):
     drop_text: float = Share
     drop_both: float = Share
     hide_labels: float = Share  # share of prompts that leave out what the references show
+    group_share: float = Share  # of samples whose references are the others of the target's group, not the target itself
     max_references: PositiveInt
     truncate: float = Share  # probability of keeping a random 2..R-1 of R > 2 references
+    swap_colours: float = Share  # of the samples, whose images all get red, green and blue in another order
+    mirror: float = Share  # of the samples, whose images are all mirrored
 
     @model_validator(mode="after")
     def _drops(self) -> Samples:
@@ -267,8 +270,6 @@ class Samples(Optimisation):
 
 class Align(Samples):
     """Warm start of the pretraining (training/align.py)."""
-
-    group_share: float = Share  # of samples whose references are the others of the target's group, not the target itself
 
 
 class Stage(Samples):

@@ -32,7 +32,7 @@ from easyref.model.reference import PrefixStates
 from easyref.progress import use_threads
 from easyref.training import base
 from easyref.training.align import PARTS
-from easyref.training.loss import diffusion_loss, encode_batch, encode_text
+from easyref.training.loss import diffusion_loss, encode_batch, encode_text, to_latents
 from easyref.training.models import DTYPES, Models, fresh_easyref
 from easyref.training.stages import STAGES
 
@@ -56,12 +56,12 @@ class Row:
     weights: int  # bytes of all parameters and buffers, in the dtypes of the run
     optimizer: int  # bytes of gradients, both moments of AdamW and the weight average
     activations: int  # bytes: the most that forward and backward of one microbatch hold besides
-    encode: int  # bytes: the most that encoding the images to latents holds, when there is no optimizer yet
+    encode: int  # bytes: the most that encoding images to latents holds, before the activations
     flop: float  # of one image
 
     @property
     def memory(self) -> int:
-        return self.weights + max(self.optimizer + self.activations, self.encode)
+        return self.weights + self.optimizer + max(self.activations, self.encode)
 
     def seconds(self, rate: float) -> float:
         """On a device with `rate` FLOP/s of large matrix products."""
@@ -134,13 +134,14 @@ def base_rows(params: Params, folder: Path) -> list[Row]:
         pixels_B3HW = torch.empty(p_vae.microbatch, 3, size, size, device=META)
         return base.vae_loss(m["vae"], pixels_B3HW, _latents(params, m["vae"], p_vae.microbatch), p_vae)
 
-    def row(name: str, p: Optimisation, trains: nn.Module, loss: Callable[[], Tensor], references: int, vae: list[Any]) -> Row:
-        return _row(params, f"base: {name}", p, [trains, *vae], trains.parameters(), loss, references, "fp32", *vae or [None])
+    def row(name: str, p: Optimisation, trains: nn.Module, loss: Callable[[], Tensor], references: int, vae: Any | None) -> Row:
+        modules = [trains, vae] if vae else [trains]
+        return _row(params, f"base: {name}", p, modules, trains.parameters(), loss, references, "fp32", vae, encode_batch(size))
 
     return [
-        row("captioning", p_text, m["mllm"], lambda: _caption_loss(params, m, p_text), p_text.max_images, []),
-        row("vae", p_vae, m["vae"], vae_loss, 0, []),
-        row("text to image", p_image, drawing, lambda: _image_loss(params, m, p_image), 0, [m["vae"]]),
+        row("captioning", p_text, m["mllm"], lambda: _caption_loss(params, m, p_text), p_text.max_images, None),
+        row("vae", p_vae, m["vae"], vae_loss, 0, None),
+        row("text to image", p_image, drawing, lambda: _image_loss(params, m, p_image), 0, m["vae"]),
     ]
 
 
@@ -174,7 +175,7 @@ def stage_row(params: Params, name: str, make: Callable[[int | None, str], Model
         latents_BChw = _latents(params, models.vae, p.microbatch)
         return diffusion_loss(models.unet, models.scheduler, latents_BChw, text_BLX, conditions, 0, range(p.microbatch), p.min_snr)
 
-    return _row(params, name, p, _modules(models), trained.values(), loss, p.max_references, p.precision, models.vae)
+    return _row(params, name, p, _modules(models), trained.values(), loss, p.max_references, p.precision, models.vae, 1)
 
 
 def align_row(params: Params, p: Align, models: Models) -> Row:
@@ -185,7 +186,7 @@ def align_row(params: Params, p: Align, models: Models) -> Row:
         prefix = _prefix(params, models, p.microbatch, p.max_references)
         return models.encoder(prefix).square().mean()
 
-    return _row(params, "pretrain: align", p, _modules(models), trained.values(), loss, p.max_references, "fp32", models.vae)
+    return _row(params, "pretrain: align", p, _modules(models), trained.values(), loss, p.max_references, "fp32", None, 0)
 
 
 def evaluate_row(params: Params, models: Models) -> Row:
@@ -210,17 +211,17 @@ def evaluate_row(params: Params, models: Models) -> Row:
 
 def _row(
     params: Params, name: str, p: Optimisation, modules: Sequence[nn.Module], trained: Iterable[nn.Parameter],
-    loss: Callable[[], Tensor], references: int, precision: str, vae: Any | None,
+    loss: Callable[[], Tensor], references: int, precision: str, vae: Any | None, encoded: int,
 ) -> Row:  # fmt: skip
-    """Measure one microbatch of a training of `trained` while `modules` are in memory; `vae`: what encodes the images first."""
+    """Measure one microbatch of a training of `trained` while `modules` are in memory; `vae` first encodes so many images at once."""
     parameters, encode = list(trained), 0
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)  # as after the first microbatch: gradients add up in place
     cost = measure(loss, precision)
     if vae is not None:
-        pixels_B3HW = torch.empty(encode_batch(params.ingest.size), 3, params.ingest.size, params.ingest.size, device=META)
+        pixels_B3HW = torch.empty(encoded, 3, params.ingest.size, params.ingest.size, device=META)
         with torch.no_grad():
-            encode = measure(lambda: vae.encode(pixels_B3HW).latent_dist.mean, "fp32").peak
+            encode = measure(lambda: to_latents(vae, pixels_B3HW), "fp32").peak
     copies = 1 + 2 + (p.ema_images > 0)  # gradient, AdamW's moments, weight average: each in the dtype of its weight
     count = sum(w.numel() for w in parameters)
     return Row(

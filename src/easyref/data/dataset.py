@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from easyref.data.shards import ImageStore
 from easyref.records import read_table, sha256_json
@@ -19,6 +20,18 @@ def centre(image: Image.Image) -> Image.Image:
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side))
+
+
+#: Orders of red, green and blue, the usual one first. A view of an image is one of them, mirrored or not.
+SWAPS = tuple(permutations(range(3)))
+
+
+def seen_as(image: Image.Image, view: int) -> Image.Image:
+    """View 0 is the image itself; 1..5 have its colours swapped; 6..11 are mirrored."""
+    mirrored, swap = divmod(view, len(SWAPS))
+    if swap:
+        image = Image.merge("RGB", [image.getchannel(c) for c in SWAPS[swap]])
+    return ImageOps.mirror(image) if mirrored else image
 
 
 class TrainingImages:

@@ -11,19 +11,34 @@ Letters: B batch · T reference tokens · X cross-attention width.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import get_args
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from easyref.config import Params
 from easyref.data.captions import caption
-from easyref.seeds import numpy_rng
-from easyref.training.inputs import NULL, Inputs, Sample, Sampler, Source
+from easyref.data.dataset import SWAPS
+from easyref.data.emoji import color_words
+from easyref.training.inputs import NULL, Inputs, Sample, Sampler
 from easyref.training.trainer import Task, train
 
+WHITE = 250  # of 255, in every channel: the background
+
 PARTS = ("reference_tokens", "final_layer", "projector")
+
+
+def seen_labels(source: Inputs, sample: Sample) -> dict[str, str]:
+    """Labels of the target, its colours as the sample's view shows them."""
+    labels = source.images.labels[sample.target]
+    if sample.view % len(SWAPS) == 0:
+        return labels
+    image = source.image(sample.target, sample.view)
+    image.putalpha(Image.fromarray(np.uint8(255) * (np.asarray(image).min(2) < WHITE)))
+    return {**labels, "colors": " ".join(color_words(image))}
 
 
 def align(params: Params, inputs: Inputs, held_out: Inputs, state: Path) -> None:
@@ -35,19 +50,15 @@ def align(params: Params, inputs: Inputs, held_out: Inputs, state: Path) -> None
     assert p is not None
     trained, _ = models.trainable(PARTS)
 
-    drawn = {source: Sampler(inputs.images, source, p, params.seed, "align", source) for source in get_args(Source)}
+    sampler = Sampler(inputs.images, p, params.seed, "align")
 
-    def sample(number: int) -> Sample:
-        group = numpy_rng(params.seed, "align", "source", number).random() < p.group_share
-        return drawn["group" if group else "self"](number)
-
-    def states(source: Inputs, items: list[int]) -> torch.Tensor:
+    def states(source: Inputs, samples: Iterable[Sample]) -> torch.Tensor:
         """What the tokens should become, [B, T, X]."""
-        captions = ["" if i == NULL else caption(source.images.labels[i], hide=()) for i in items]
+        captions = ["" if s.references == (NULL,) else caption(seen_labels(source, s), hide=()) for s in samples]
         return source.text_states(captions)[0][:, : params.reference.num_tokens].float()
 
     every = range(0, len(inputs.images.labels), max(1, len(inputs.images.labels) // 512))
-    states_NTX = states(inputs, list(every))
+    states_NTX = states(inputs, (Sample(i, (i,), "") for i in every))
     norm = models.encoder.projector[-1]
     assert isinstance(norm, nn.LayerNorm)
     with torch.no_grad():  # start at the text states' own place and width
@@ -56,17 +67,17 @@ def align(params: Params, inputs: Inputs, held_out: Inputs, state: Path) -> None
     variance = (states_NTX - states_NTX.mean(0)).square().mean()  # over images, at each token
 
     def loss(numbers: range) -> torch.Tensor:
-        samples = [sample(n) for n in numbers]
-        wanted_BTX = states(inputs, [NULL if s.references == (NULL,) else s.target for s in samples])
+        samples = [sampler(n) for n in numbers]
+        wanted_BTX = states(inputs, samples)
         with models.autocast():
             tokens_BTX = inputs.reference_tokens(samples)
         return (tokens_BTX.float() - wanted_BTX).square().mean() / variance
 
     def explained() -> dict[str, float]:
-        items = list(range(min(128, len(held_out.images.labels))))
+        alone = [Sample(i, (i,), "") for i in range(min(128, len(held_out.images.labels)))]
         with torch.no_grad(), models.autocast():
-            tokens_NTX = held_out.reference_tokens([Sample(i, (i,), "") for i in items]).float()
-        states_NTX = states(held_out, items)
+            tokens_NTX = held_out.reference_tokens(alone).float()
+        states_NTX = states(held_out, alone)
         error = (tokens_NTX - states_NTX).square().mean()
         share = 1 - (error / (states_NTX - states_NTX.mean(0)).square().mean()).item()
         print(f"align: tokens explain {share:.3f} of the variance of held-out captions")

@@ -20,6 +20,11 @@ def encode_batch(size: int) -> int:
 
 
 @torch.no_grad()
+def to_latents(vae: Any, x_B3HW: torch.Tensor) -> torch.Tensor:
+    """Mean latents [B, C, h, w] of images in [-1, 1], scaled for diffusion."""
+    return vae.encode(x_B3HW).latent_dist.mean * vae.config.scaling_factor
+
+
 def encode_latents(
     vae: Any, pixels: Callable[[list[int]], torch.Tensor], count: int, size: int, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
@@ -28,8 +33,8 @@ def encode_latents(
     parts, batch = [], encode_batch(size)
     for start in range(0, count, batch):
         x_B3HW = pixels(list(range(start, min(start + batch, count)))).to(device)
-        parts.append(vae.encode(x_B3HW).latent_dist.mean.cpu())
-    return torch.cat(parts) * vae.config.scaling_factor
+        parts.append(to_latents(vae, x_B3HW).cpu())
+    return torch.cat(parts)
 
 
 def encode_text(encoders: Sequence[tuple], captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,6 @@
 """The three stages of EasyRef (method.md §4) as a table, and the one function that runs any of them.
 
-Stages differ by data: what is trained, where a sample comes from, which checkpoint they start from.
+Stages differ by data: what is trained, which checkpoint they start from; where samples come from stands in the parameters.
 Letters: B batch · L text tokens · T reference tokens · X cross-attention width · C,h,w latents.
 """
 
@@ -20,7 +20,7 @@ from easyref.progress import use_threads
 from easyref.records import read_table, sha256_file
 from easyref.training.align import align
 from easyref.training.curves import write_curves
-from easyref.training.inputs import NULL, Inputs, Sample, Sampler, Source
+from easyref.training.inputs import NULL, Inputs, Sample, Sampler
 from easyref.training.loss import diffusion_loss
 from easyref.training.models import Models, load_models
 from easyref.training.trainer import Task, train
@@ -29,15 +29,14 @@ from easyref.training.trainer import Task, train
 @dataclass(frozen=True)
 class Spec:
     trains: tuple[str, ...]  # names of ReferenceEncoder.parts() and Adapter.parts()
-    sample: Source
     starts_from: str | None
 
 
 ALIGNMENT = ("final_layer", "reference_tokens", "projector", "reference_kv")
 STAGES = {
-    "pretrain": Spec(ALIGNMENT, "self", None),
-    "finetune_single": Spec((*ALIGNMENT, "mllm", "lora"), "self", "pretrain"),
-    "finetune_multi": Spec((*ALIGNMENT, "mllm", "lora"), "group", "finetune_single"),
+    "pretrain": Spec(ALIGNMENT, None),
+    "finetune_single": Spec((*ALIGNMENT, "mllm", "lora"), "pretrain"),
+    "finetune_multi": Spec((*ALIGNMENT, "mllm", "lora"), "finetune_single"),
 }
 
 
@@ -51,7 +50,7 @@ def run_stage(params: Params, name: str, data: Path, models_folder: Path, out: P
         weights.load(models_folder / spec.starts_from, models.encoder, models.adapter, fresh_lora=True)
     images = TrainingImages(data)
     inputs = Inputs(models, images, frozen_prefix="mllm" not in spec.trains)
-    sampler = Sampler(images, spec.sample, p, params.seed, name)
+    sampler = Sampler(images, p, params.seed, name)
     validate = Validation(params, models, data)
     warm = work / "align.safetensors" if params.align and not spec.starts_from else None
     if warm:
@@ -90,7 +89,7 @@ def _loss(models: Models, inputs: Inputs, samples: list[Sample], seed: int, numb
         text_BLX, added = inputs.text_states([s.prompt for s in samples])
         tokens_BTX = inputs.reference_tokens(samples)
         conditions = {**added, "image_embeds": [tokens_BTX[:, None]]}
-        latents_BChw = inputs.latents_NChw[[s.target for s in samples]].to(models.device)
+        latents_BChw = inputs.latents(samples)
         return diffusion_loss(models.unet, models.scheduler, latents_BChw, text_BLX, conditions, seed, numbers, min_snr)
 
 
