@@ -6,9 +6,12 @@ So the same seed gives the same result for any batch size, and a resumed run nee
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 def seed_of(*key: object) -> int:
@@ -17,6 +20,8 @@ def seed_of(*key: object) -> int:
 
 
 def torch_rng(*key: object) -> torch.Generator:
+    import torch
+
     return torch.Generator().manual_seed(seed_of(*key))
 
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from easyref.cli import app
 from easyref.config import Likeness, load_params
-from easyref.data import learned
+from easyref.data import learned, neighbours
 from easyref.data.bench import LIKENESS, plant
 from easyref.data.embed import read_space
 from easyref.data.group import learned_groups, read_spaces
@@ -31,10 +31,12 @@ def clustered(count: int, width: int = 32, seed: int = 0) -> np.ndarray:
     return unit(centres[rng.integers(len(centres), size=count)] + 0.6 * rng.standard_normal((count, width))).astype(np.float32)
 
 
-def test_similar_pairs_are_those_of_brute_force(tmp_path: Path) -> None:
+def test_similar_pairs_are_those_of_brute_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbours, "CELL", 300)
+    monkeypatch.setattr(neighbours, "FOUND", 2000)
     vectors, most, threshold = clustered(1500).astype(np.float16), 10, 0.5
     cells = make_cells(vectors, tmp_path / "cells.npy")
-    assert sorted(cells.which_N.tolist()) == list(range(1500)) and len(cells.centres_ME) > 3
+    assert sorted(cells.which_N.tolist()) == list(range(1500)) and len(cells) == 5
     one, other, cosine = similar_pairs(cells, threshold, most, workers=2)
     similar = vectors.astype(np.float32) @ vectors.astype(np.float32).T
     np.fill_diagonal(similar, -2)
@@ -46,10 +48,11 @@ def test_similar_pairs_are_those_of_brute_force(tmp_path: Path) -> None:
     np.testing.assert_allclose(cosine, similar[one, other], atol=1e-5)
 
 
-def test_most_pairs_are_found_where_cells_are_many(tmp_path: Path) -> None:
-    vectors, truth = plant(8000, tmp_path / "vectors.npy")
+def test_most_pairs_are_found_where_cells_are_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbours, "CELL", 128)
+    vectors, truth = plant(16000, tmp_path / "vectors.npy")
     cells = make_cells(vectors, tmp_path / "cells.npy")
-    assert len(cells.centres_ME) > 20
+    assert len(cells) == 125
     one, other, _ = similar_pairs(cells, 0.5, 16)
     found = set(zip(one.tolist(), other.tolist(), strict=True))
     planted = [(a, b) for g in truth for i, a in enumerate(sorted(g)) for b in sorted(g)[i + 1 :]]

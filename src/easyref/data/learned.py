@@ -41,7 +41,7 @@ def learn_groups(vectors_NE: Array, p: Likeness, work: Path, seed: int = 0, work
         return [], np.empty(0, np.int64)
     work.mkdir(parents=True, exist_ok=True)
     file = work / "cells.npy"
-    cells = make_cells(vectors_NE, file, seed)
+    cells = make_cells(vectors_NE, file, seed, workers)
     one, other, cosine = similar_pairs(cells, p.threshold, p.neighbours, workers)
     del cells
     file.unlink()
