@@ -82,6 +82,18 @@ def test_precomputed_kv_equals_tokens(make_unet: Make) -> None:
     torch.testing.assert_close(unet(**with_images(inputs, payload)).sample, unet(**inputs).sample, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.7, 1.0])
+def test_precomputed_kv_is_exact_in_fp64(make_unet: Make, scale: float) -> None:
+    """Attention with fewer passes is the same sums: the whole UNet by both ways, and by diffusers' code for packed keys and values."""
+    unet, inputs = make_unet().double(), unet_inputs(dtype=torch.float64)
+    adapter = install(unet, scale=scale)
+    payload = adapter.payload(inputs["added_cond_kwargs"]["image_embeds"][0][:, 0])
+    ours, from_tokens = unet(**with_images(inputs, payload)).sample, unet(**inputs).sample
+    torch.testing.assert_close(ours, from_tokens, atol=1e-12, rtol=0)
+    everywhere = {"cross_attention_kwargs": {"ip_adapter_masks": [torch.ones(1, 1, 8, 8, dtype=torch.float64)]}}
+    torch.testing.assert_close(unet(**with_images(inputs, payload) | everywhere).sample, from_tokens, atol=1e-12, rtol=0)
+
+
 def test_precomputed_kv_needs_no_projection(make_unet: Make) -> None:
     """So the reference K/V can leave the UNet for inference and export."""
     unet, inputs = make_unet(), unet_inputs()

@@ -2,15 +2,17 @@
 
 out = Attn(q, K_text, V_text) + scale * Attn(q, K_ref, V_ref): two softmaxes (IP-Adapter, arXiv 2308.06721; EasyRef section 3).
 diffusers' `IPAdapterAttnProcessor2_0` computes exactly that from `added_cond_kwargs["image_embeds"]`, in every SDXL pipeline
-(`ip_adapter_image_embeds`, regional `ip_adapter_masks`, `set_ip_adapter_scale`). We reuse it whole and change only its two
-projections: they also read their result from PRECOMPUTED keys and values.
+(`ip_adapter_image_embeds`, regional `ip_adapter_masks`, `set_ip_adapter_scale`). We reuse it and change only its two projections:
+they also read their result from PRECOMPUTED keys and values. In the common case of those (no masks) the same sums are done here with
+fewer passes over memory: heads merged once, not twice, the scale within the addition, no division by one.
 
 The payload `image_embeds=[payload]` is either
 - tokens [B, 1, T, X]: each layer projects them, in every step (training), or
 - packed K/V [B, 1, T, W] of `pack_reference_kv`: computed once an image, each layer takes its columns (inference, export).
 The last axis tells which; nothing is stored on the processor between calls.
 
-Letters: B batch · T reference tokens · X cross-attention width · C width of one attention layer · W sum of 2C over layers.
+Letters: B batch · T reference tokens · X cross-attention width · C width of one attention layer · W sum of 2C over layers ·
+S pixels · L text tokens · H heads · E head width.
 """
 
 from __future__ import annotations
@@ -66,6 +68,34 @@ class ReferenceAttnProcessor(IPAdapterAttnProcessor2_0):
         self.scale = [scale]
         self.to_k_ip = nn.ModuleList([ReferenceProjection(k_CX, offset, packed_width)])
         self.to_v_ip = nn.ModuleList([ReferenceProjection(v_CX, offset + k_CX.shape[0], packed_width)])
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, attention_mask: Tensor | None = None,
+        temb: Tensor | None = None, scale: float = 1.0, ip_adapter_masks: Any = None,
+    ) -> Tensor:  # fmt: skip
+        """hidden_states [B, S, C], encoder_hidden_states: text [B, L, X] and [payload] -> [B, S, C]. The names are diffusers'."""
+        k: Any = self.to_k_ip[0]
+        text_BLX, images = encoder_hidden_states if isinstance(encoder_hidden_states, tuple) else (None, [])
+        usual = len(images) == 1 and images[0].shape[-1] == k.packed_width and hidden_states.ndim == 3 and not attn.norm_cross
+        rare = (attention_mask, ip_adapter_masks, attn.spatial_norm, attn.group_norm)
+        if not usual or any(option is not None for option in rare) or isinstance(self.scale[0], list):
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb, scale, ip_adapter_masks)
+        q_BHSE = _heads(attn.to_q(hidden_states), attn.heads)
+        k_BHLE, v_BHLE = _heads(attn.to_k(text_BLX), attn.heads), _heads(attn.to_v(text_BLX), attn.heads)
+        out_BHSE = F.scaled_dot_product_attention(q_BHSE, k_BHLE, v_BHLE)
+        if self.scale[0] != 0:
+            own = images[0][:, 0, :, k.offset : k.offset + 2 * k.out_features].unflatten(-1, (2, attn.heads, -1))
+            k_BHTE, v_BHTE = own.permute(2, 0, 3, 1, 4).contiguous()  # rows lie W apart: slower to read than to copy
+            out_BHSE = out_BHSE.add(F.scaled_dot_product_attention(q_BHSE, k_BHTE, v_BHTE), alpha=self.scale[0])
+        out_BSC = attn.to_out[1](attn.to_out[0](out_BHSE.transpose(1, 2).flatten(2)))
+        if attn.residual_connection:
+            out_BSC = out_BSC + hidden_states
+        return out_BSC if attn.rescale_output_factor == 1 else out_BSC / attn.rescale_output_factor
+
+
+def _heads(x_BSC: Tensor, heads: int) -> Tensor:
+    """[B, S, C] -> [B, H, S, E]."""
+    return x_BSC.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def kv_layout(unet: UNet2DConditionModel) -> list[KVSlot]:
