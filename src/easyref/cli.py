@@ -8,9 +8,12 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from easyref.drawing import Artist, Reference, Wish
 
 app = typer.Typer(
     help="Several reference images and a prompt in, a new image that keeps what they have in common out.",
@@ -182,46 +185,39 @@ def summary() -> None:
     print(text(Path()))
 
 
-@app.command()
-def generate(
-    ref: Annotated[list[Path], typer.Option("--ref", help="A reference image; repeat for more.")],
-    weight: Annotated[list[float] | None, typer.Option(help="How much each reference counts, in the same order; 1 each.")] = None,
-    prompt: Annotated[str, typer.Option(help="What to draw.")] = "",
-    negative_prompt: Annotated[str, typer.Option(help="What to avoid.")] = "",
-    model: Annotated[str, typer.Option(help="Checkpoint, pulled model, or models:/easyref@champion.")] = str(MODELS / "finetune_multi"),
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
-    num: Annotated[int, typer.Option(min=1, max=64, help="Images to make, with seeds seed, seed+1 …")] = 1,
-    steps: Annotated[int, typer.Option(min=1, max=1000)] = 30,
-    guidance: Annotated[float, typer.Option(min=1.0, max=50.0)] = 3.0,
-    scale: Annotated[float, typer.Option(min=0.0, max=10.0, help="Strength of the references.")] = 1.0,
-    out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("out"),
-    backend: Annotated[Literal["torch", "onnxruntime", "tensorrt"], typer.Option(help="What draws.")] = "torch",
-    graphs: Annotated[Path | None, typer.Option(help="Exported graphs; default: those of the pulled model, else out/onnx.")] = None,
-    engines: Annotated[Path, typer.Option(help="Engines of `easyref trt build`.")] = ENGINES,
-    provider: Annotated[str, typer.Option(help="Of ONNX Runtime: cpu, cuda, tensorrt.")] = "cpu",
-    cuda_graph: Annotated[bool, typer.Option("--use-cuda-graph", help="Replay the steps of an engine (TensorRT).")] = False,
-) -> None:
-    """New images that keep what the references have in common."""
-    from easyref.images import open_image, to_png
+Model = Annotated[str, typer.Option(help="Checkpoint, pulled model, or models:/easyref@champion.")]
+MODEL = str(MODELS / "finetune_multi")
+Backend = Literal["torch", "onnxruntime", "tensorrt"]
 
-    references = [open_image(path) for path in ref]
+
+def _checkpoint(model: str) -> tuple[Path, Path, str]:
+    """Its checkpoint folder, its graphs, and its name in pictures."""
     if model.startswith("models:/"):
         from easyref.registry import cached
 
-        folder = cached(Path(), model)
+        folder, name = cached(Path(), model), model
     else:
-        folder = Path(model)
+        folder, name = Path(model), Path(model).resolve().name
     attached = folder / "onnx" if (folder / "onnx").is_dir() else GRAPHS
     if (folder / "checkpoint").is_dir():  # a bundle of the registry
         folder /= "checkpoint"
     if not folder.is_dir():  # before the imports that take seconds
         raise FileNotFoundError(f"{folder}: no such checkpoint; `make run` trains one, or name another with --model")
+    return folder, attached, name
+
+
+def _artist(
+    model: str, references: int, backend: Backend, graphs: Path | None, engines: Path, provider: str, cuda_graph: bool
+) -> Artist:
+    """What draws; refused before it is loaded when it takes fewer `references`."""
+    folder, attached, name = _checkpoint(model)
+    from easyref.drawing import Artist
     from easyref.model.weights import read_config
-    from easyref.pipeline import EasyRef, Request
-    from easyref.progress import track
-    from easyref.records import write_bytes
     from easyref.runtime import Engines
 
+    limit = read_config(folder).reference.max_references
+    if references > limit:
+        raise ValueError(f"{references} references, the model takes at most {limit}; give fewer --ref")
     drawn_by: Engines | None = None
     if backend == "onnxruntime":
         drawn_by = Engines.onnxruntime(graphs or attached, provider)
@@ -229,21 +225,112 @@ def generate(
         from easyref.trt import engines as load
 
         drawn_by = load(graphs or attached, engines, cuda_graph)
-    limit = read_config(folder).reference.max_references
-    if len(references) > limit:
-        raise ValueError(f"{len(references)} references, the model takes at most {limit}; give fewer --ref")
-    if weight and len(weight) != len(references):
-        raise ValueError(f"{len(weight)} --weight for {len(references)} --ref; give one for each")
-    easyref = EasyRef.from_pretrained(folder, engines=drawn_by)
-    easyref.check_prompt(prompt)
-    images = []
-    for start in track(range(seed, seed + num, 8), "generate", -(-num // 8), "batches"):
-        requests = [Request(prompt, references, s, negative_prompt, weight) for s in range(start, min(start + 8, seed + num))]
-        images += easyref(requests, steps, guidance, scale)
-    for number, image in enumerate(images):
-        path = out / f"{seed + number}.png"
-        write_bytes(path, to_png(image))
-        print(path)
+    return Artist.load(folder, name, drawn_by, backend)
+
+
+def _draw(artist: Artist, wish: Wish, references: list[Reference], batches: list[list[int]], seeds: list[int], out: Path) -> None:
+    """`out`/SEED.png of each of `seeds`, which lie in `batches` that are drawn together."""
+    from easyref.progress import track
+    from easyref.records import write_bytes
+
+    images: dict[int, bytes] = {}
+    for batch in track(batches, "generate", len(batches), "batches"):
+        images |= zip(batch, artist.draw(wish, references, batch), strict=True)
+    for seed in seeds:
+        write_bytes(out / f"{seed}.png", images[seed])
+        print(out / f"{seed}.png")
+
+
+def _batches(seeds: list[int]) -> list[list[int]]:
+    return [seeds[start : start + 8] for start in range(0, len(seeds), 8)]
+
+
+@app.command()
+def generate(
+    ctx: typer.Context,
+    ref: Annotated[list[Path] | None, typer.Option("--ref", help="A reference image; repeat for more.")] = None,
+    weight: Annotated[list[float] | None, typer.Option(help="How much each reference counts, in the same order; 1 each.")] = None,
+    prompt: Annotated[str, typer.Option(help="What to draw.")] = "",
+    negative_prompt: Annotated[str, typer.Option(help="What to avoid.")] = "",
+    model: Model = MODEL,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
+    num: Annotated[int, typer.Option(min=1, max=64, help="Images to make, with seeds seed, seed+1 …")] = 1,
+    steps: Annotated[int, typer.Option(min=1, max=1000)] = 30,
+    guidance: Annotated[float, typer.Option(min=1.0, max=50.0)] = 3.0,
+    scale: Annotated[float, typer.Option(min=0.0, max=10.0, help="Strength of the references.")] = 1.0,
+    origin: Annotated[Path | None, typer.Option("--from", help="Draw this PNG of easyref's again; other options change it.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("out"),
+    backend: Annotated[Backend, typer.Option(help="What draws.")] = "torch",
+    graphs: Annotated[Path | None, typer.Option(help="Exported graphs; default: those of the pulled model, else out/onnx.")] = None,
+    engines: Annotated[Path, typer.Option(help="Engines of `easyref trt build`.")] = ENGINES,
+    provider: Annotated[str, typer.Option(help="Of ONNX Runtime: cpu, cuda, tensorrt.")] = "cpu",
+    cuda_graph: Annotated[bool, typer.Option("--use-cuda-graph", help="Replay the steps of an engine (TensorRT).")] = False,
+) -> None:
+    """New images that keep what the references have in common. Their settings stand in the PNG."""
+    from easyref.drawing import Reference, Settings, Wish, find
+
+    wish = Wish(prompt=prompt, negative_prompt=negative_prompt, steps=steps, guidance=guidance, scale=scale)
+    paths, weights, settings = ref or [], weight, None
+    seeds = list(range(seed, seed + num))
+    batches = _batches(seeds)
+    if origin:
+        settings = Settings.read(origin)
+        if settings is None:
+            raise ValueError(f"{origin}: no settings in it; name a PNG that easyref drew")
+        sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
+        given = {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+        wish = Wish(**{name: getattr(wish if name in given else settings, name) for name in Wish.model_fields})
+        weights = weight or [used.weight for used in settings.references]
+        if not given & {"seed", "num"}:
+            batches, seeds = [settings.batch], [settings.seed]
+        paths = find(settings.references, paths, [origin.parent, Path()])
+    if not paths:
+        raise ValueError("no reference; give at least one with --ref")
+    if weights and len(weights) != len(paths):
+        raise ValueError(f"{len(weights)} --weight for {len(paths)} --ref; give one for each")
+    references = [Reference.read(path, weight=w) for path, w in zip(paths, weights or [1.0] * len(paths), strict=True)]
+    artist = _artist(model, len(paths), backend, graphs, engines, provider, cuda_graph)
+    if settings and (settings.model_sha256, settings.backend) != (artist.sha256, backend):
+        print(f"easyref: {origin} was drawn by {settings.model} {settings.model_sha256[:12]} on {settings.backend}", file=sys.stderr)
+    _draw(artist, wish, references, batches, seeds, out)
+
+
+Host = Annotated[str, typer.Option(help="Where to listen; other machines need the token in EASYREF_TOKEN.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")]
+Waiting = Annotated[int, typer.Option(min=0, help="Drawings that may wait for the one at work; more are told when to come again.")]
+
+
+def _serve(model: str, host: str, port: int, max_waiting: int, backend: Backend, page: bool, browser: bool) -> None:
+    from easyref.serve import check_host, serve
+
+    token = os.environ.get("EASYREF_TOKEN") or None
+    check_host(host, token)
+    serve(_artist(model, 0, backend, None, ENGINES, "cpu", False), host, port, max_waiting, token, page, browser)
+
+
+@app.command()
+def ui(
+    model: Model = MODEL,
+    host: Host = "127.0.0.1",
+    port: Port = 7860,
+    max_waiting: Waiting = 16,
+    backend: Annotated[Backend, typer.Option(help="What draws.")] = "torch",
+    browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
+) -> None:
+    """A page to draw with: drop references, weigh them, say what to draw. On this machine only, unless told otherwise."""
+    _serve(model, host, port, max_waiting, backend, True, browser)
+
+
+@app.command()
+def serve(
+    model: Model = MODEL,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    max_waiting: Waiting = 16,
+    backend: Annotated[Backend, typer.Option(help="What draws.")] = "torch",
+) -> None:
+    """The model over HTTP: POST /generate, GET /health (easyref/serve.py has the rest)."""
+    _serve(model, host, port, max_waiting, backend, False, False)
 
 
 @app.command()
@@ -326,10 +413,13 @@ def trt_run(
     cuda_graph: Annotated[bool, typer.Option("--use-cuda-graph")] = False,
 ) -> None:
     """`easyref generate` with engines; the options have their names of NVIDIA's demo."""
-    backend: Literal["tensorrt", "onnxruntime"] = "tensorrt" if provider == "tensorrt" else "onnxruntime"
-    generate(
-        ref, None, prompt, negative_prompt, model, seed, num, steps, guidance, scale, out, backend, graphs, plans, provider, cuda_graph
-    )
+    from easyref.drawing import Reference, Wish
+
+    wish = Wish(prompt=prompt, negative_prompt=negative_prompt, steps=steps, guidance=guidance, scale=scale)
+    references, seeds = [Reference.read(path) for path in ref], list(range(seed, seed + num))
+    backend: Backend = "tensorrt" if provider == "tensorrt" else "onnxruntime"
+    artist = _artist(model, len(ref), backend, graphs, plans, provider, cuda_graph)
+    _draw(artist, wish, references, _batches(seeds), seeds, out)
 
 
 @trt.command("doctor")

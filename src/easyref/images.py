@@ -8,11 +8,13 @@ from __future__ import annotations
 import io
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from PIL import Image, ImageCms, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 #: Why an image cannot be used, in one word.
@@ -135,10 +137,21 @@ def _read(path: Path, limits: Limits) -> bytes:
     return path.read_bytes()
 
 
-def to_png(image: Image.Image, colors: int | None = None) -> bytes:
-    """PNG bytes; with `colors`, an adaptive palette of that many (deterministic, no dithering)."""
+def to_png(image: Image.Image, colors: int | None = None, text: Mapping[str, str] | None = None) -> bytes:
+    """PNG bytes; with `colors`, an adaptive palette of that many (deterministic, no dithering); `text` goes in as iTXt."""
     if colors is not None:
         image = image.quantize(colors, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    chunks = PngInfo()
+    for key, value in (text or {}).items():
+        chunks.add_itxt(key, value)
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
+    image.save(buffer, "PNG", optimize=True, pnginfo=chunks)
     return buffer.getvalue()
+
+
+def png_text(source: Path | bytes, key: str, name: str = "", limits: Limits = Limits()) -> str | None:
+    """What `to_png` put into an image file as `key`, or None. ImageError as of `open_image`."""
+    name = name or (str(source) if isinstance(source, Path) else "image")
+    data = source if isinstance(source, bytes) else _read(source, limits)
+    text = _header(data, name, limits).info.get(key)
+    return text if isinstance(text, str) else None

@@ -1,0 +1,221 @@
+"""One drawing: what is asked for, and PNG files that say how they were made.
+
+`easyref generate`, `easyref ui`, `easyref serve` and the model in MLflow all draw through an `Artist`. The settings stand in the PNG as
+text (`easyref`, JSON). With them and the same reference files the same machine draws the same bits again.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from easyref.images import open_image, png_text, to_png
+from easyref.records import sha256_bytes, sha256_file
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from easyref.runtime import Engines
+
+MAX_REQUESTS, MAX_REFERENCES, MAX_STEPS, MAX_SEED = 16, 32, 200, 2**63 - 1
+PNG_KEY = "easyref"
+
+
+class Wish(BaseModel):
+    """What to draw, and how; the references and the seed apart."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    steps: int = 30
+    guidance: float = 3.0
+    scale: float = 1.0
+
+
+class UsedReference(BaseModel):
+    """`name` is the file's, without its folder; `sha256` is of its bytes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    sha256: str
+    weight: float
+
+
+class Settings(Wish):
+    """How a PNG was made. `batch`: the seeds that were drawn together, on which the last bits depend."""
+
+    seed: int
+    batch: list[int]
+    references: list[UsedReference]
+    width: int
+    height: int
+    model: str
+    model_sha256: str
+    backend: str
+    made_with: str
+
+    @classmethod
+    def read(cls, source: Path | bytes, name: str = "") -> Settings | None:
+        """Of a PNG; None where nothing says that easyref drew it. ImageError, ValueError in one line: no image, or torn settings."""
+        text = png_text(source, PNG_KEY, name)
+        if text is None:
+            return None
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "settings"
+            said = name or (str(source) if isinstance(source, Path) else "image")
+            raise ValueError(f"{said}: settings of another version of easyref: {where}: {first['msg']}") from error
+
+
+@dataclass(frozen=True)
+class Reference:
+    name: str
+    sha256: str
+    image: Image.Image
+    weight: float = 1.0
+
+    @classmethod
+    def read(cls, source: Path | bytes, name: str = "", weight: float = 1.0) -> Reference:
+        """From an image file or its bytes. ImageError if it is none."""
+        image = open_image(source, name)
+        if isinstance(source, bytes):
+            return cls(name, sha256_bytes(source), image, weight)
+        return cls(source.name, sha256_file(source), image, weight)
+
+
+def find(used: Sequence[UsedReference], given: Sequence[Path], folders: Sequence[Path]) -> list[Path]:
+    """The files that were used, in order: those `given`, or of that name in `folders`. FileNotFoundError names the first not found."""
+    by_name = [folder / Path(one.name).name for folder in folders for one in used]
+    files = {sha256_file(path): path for path in [*given, *by_name] if path.is_file()}
+    for one in used:
+        if one.sha256 not in files:
+            raise FileNotFoundError(f"{one.name} (sha256 {one.sha256[:12]}…), a reference of the picture: not here; name it with --ref")
+    return [files[one.sha256] for one in used]
+
+
+class Artist:
+    """A loaded model that signs what it draws."""
+
+    def __init__(self, easyref: Any, folder: Path, name: str, backend: str = "torch") -> None:
+        from easyref.model.weights import WEIGHTS
+
+        self.easyref, self.name, self.backend = easyref, name, backend
+        self.sha256 = sha256_file(folder / WEIGHTS)
+        self.max_references: int = min(easyref.encoder.config.max_references, MAX_REFERENCES)
+
+    @classmethod
+    def load(cls, folder: Path, name: str, engines: Engines | None = None, backend: str = "torch", base: Path | None = None) -> Artist:
+        """Of a checkpoint folder; `name` goes into the pictures."""
+        from easyref.pipeline import EasyRef
+
+        return cls(EasyRef.from_pretrained(folder, base, engines=engines), folder, name, backend)
+
+    def check(self, wish: Wish, references: Sequence[Reference]) -> None:
+        """ValueError in one line for what would fail in the middle of the work."""
+        if len(references) > self.max_references:
+            raise ValueError(f"{len(references)} references, the model takes at most {self.max_references}; give fewer")
+        self.easyref.check_prompt(wish.prompt)
+        self.easyref.check_prompt(wish.negative_prompt)
+
+    def draw(
+        self, wish: Wish, references: Sequence[Reference], seeds: Sequence[int], on_step: Callable[[int], None] | None = None
+    ) -> list[bytes]:
+        """PNG files, one a seed, drawn together. `on_step` is told how many steps are done; what it raises ends the drawing."""
+        from easyref.pipeline import Request
+
+        self.check(wish, references)
+        images, weights = [r.image for r in references], [r.weight for r in references]
+        equal = all(weight == 1.0 for weight in weights)
+        requests = [Request(wish.prompt, images, seed, wish.negative_prompt, None if equal else weights) for seed in seeds]
+
+        def step(_pipe: Any, number: int, _time: Any, given: dict[str, Any]) -> dict[str, Any]:
+            if on_step:
+                on_step(number + 1)
+            return given
+
+        drawn = self.easyref(requests, wish.steps, wish.guidance, wish.scale, callback_on_step_end=step)
+        used = [UsedReference(name=r.name, sha256=r.sha256, weight=r.weight) for r in references]
+        pairs = zip(seeds, drawn, strict=True)
+        return [to_png(image, text={PNG_KEY: self._settings(wish, used, seed, seeds, image)}) for seed, image in pairs]
+
+    def _settings(self, wish: Wish, used: list[UsedReference], seed: int, seeds: Sequence[int], image: Image.Image) -> str:
+        return Settings(
+            **wish.model_dump(), seed=seed, batch=list(seeds), references=used, width=image.width, height=image.height,
+            model=self.name, model_sha256=self.sha256, backend=self.backend,
+            made_with=f"easyref {version('easyref')}, torch {version('torch')}",
+        ).model_dump_json()  # fmt: skip
+
+
+class GenerateRequest(BaseModel):
+    """One image to make, as asked for over HTTP."""
+
+    references: list[str] = Field(description="base64 of image files, or paths below EASYREF_REFERENCES")
+    prompt: str
+    weights: list[float] | None = Field(default=None, description="how much each reference counts; 1 each if not given")
+    negative_prompt: str | None = None
+    seed: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    scale: float | None = None
+
+    def wish(self) -> Wish:
+        """With defaults, within limits. ValueError in one line."""
+        named = {name: value for name in Wish.model_fields if (value := getattr(self, name)) is not None}
+        wish = Wish(**named)
+        within("steps", wish.steps, 1, MAX_STEPS)
+        within("guidance", wish.guidance, 1.0, 50.0)
+        within("scale", wish.scale, 0.0, 10.0)
+        within("seed", self.seed or 0, 0, MAX_SEED)
+        return wish
+
+    def read(self, known: Callable[[str], tuple[str, bytes] | None] = lambda _: None) -> list[Reference]:
+        """The references. `known`: name and bytes of an image file that is there already, by what stands in `references`."""
+        if len(self.references) > MAX_REFERENCES:
+            raise ValueError(f"references: {len(self.references)}, at most {MAX_REFERENCES}; send fewer")
+        weights = self.weights or [1.0] * len(self.references)
+        if len(weights) != len(self.references):
+            raise ValueError(f"{len(weights)} weights for {len(self.references)} references; give one for each")
+        found = [known(text) or (f"references[{i}]", _file(text, f"references[{i}]")) for i, text in enumerate(self.references)]
+        return [Reference.read(data, name, weight) for (name, data), weight in zip(found, weights, strict=True)]
+
+
+class GenerateResponse(BaseModel):
+    """`image` is base64 of a PNG file."""
+
+    image: str
+    seed: int
+
+    @classmethod
+    def of(cls, png: bytes, seed: int) -> GenerateResponse:
+        return cls(image=base64.b64encode(png).decode(), seed=seed)
+
+
+def within(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name} {value}: out of {low} to {high}")
+
+
+def _file(text: str, name: str) -> bytes:
+    """Bytes of a reference. A path is taken only from the folder in EASYREF_REFERENCES: a server would otherwise open any file of its
+    machine for whoever asks."""
+    allowed = os.environ.get("EASYREF_REFERENCES")
+    if allowed and len(text) < 4096 and (path := (Path(allowed) / text).resolve()).is_file():
+        if not path.is_relative_to(Path(allowed).resolve()):
+            raise ValueError(f"{name}: outside EASYREF_REFERENCES; give a path below it")
+        return path.read_bytes()
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"{name}: not base64 of an image file; paths are taken only below EASYREF_REFERENCES") from error

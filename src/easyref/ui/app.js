@@ -1,0 +1,219 @@
+// The page of `easyref ui`: references with weights, the settings, a drawing as it comes, pictures that give their settings back.
+// The server (serve.py) checks everything; what it says in {error} is shown as it is.
+
+const $ = id => document.getElementById(id)
+const copy = id => $(id).content.firstElementChild.cloneNode(true)
+const SETTINGS = ['prompt', 'negative_prompt', 'steps', 'guidance', 'scale']
+const references = []      // {kept, weight, element}, in the order they are drawn with
+let wanted = []            // references of a picture whose settings were taken, here or not
+let limits = { max_references: 32, max_images: 8 }
+let running = null         // AbortController of the drawing
+
+async function ask(path, options) {
+  let answer
+  try { answer = await fetch(path, options) } catch (error) {
+    if (error.name === 'AbortError') throw error
+    throw new Error('The server does not answer; is `easyref ui` still running?')
+  }
+  if (!answer.ok) throw new Error((await answer.json().catch(() => ({}))).error ?? `${path}: ${answer.status}`)
+  return answer
+}
+
+function say(text, bad = false) {
+  $('notice').textContent = text
+  $('notice').hidden = !text
+  $('notice').classList.toggle('bad', bad)
+}
+
+// References
+
+const upload = async file => (await ask(`/references?name=${encodeURIComponent(file.name.slice(-255))}`, { method: 'POST', body: file })).json()
+
+function addTile(kept, weight = 1) {
+  if (references.some(one => one.kept.sha256 === kept.sha256)) return
+  if (references.length >= limits.max_references) throw new Error(`The model takes at most ${limits.max_references} references; ${kept.name} was left out.`)
+  const one = { kept, weight, element: copy('tile') }, slider = one.element.querySelector('input')
+  const image = one.element.querySelector('img')
+  image.src = kept.thumbnail
+  image.alt = image.title = `${kept.name}, ${kept.width}×${kept.height}`
+  image.classList.toggle('small', kept.width <= 128)
+  slider.value = weight
+  slider.addEventListener('input', () => { one.weight = +slider.value; showTiles() })
+  one.element.querySelector('.remove').addEventListener('click', () => { references.splice(references.indexOf(one), 1); wanted = []; showTiles() })
+  references.push(one)
+}
+
+function showTiles() {
+  const place = one => (wanted.findIndex(used => used.sha256 === one.kept.sha256) + wanted.length + 1) % (wanted.length + 1)
+  if (wanted.length) references.sort((a, b) => place(a) - place(b))
+  $('tiles').replaceChildren(...references.map(one => one.element))
+  for (const one of references) {
+    one.element.querySelector('.weight').textContent = `×${one.weight.toFixed(1)}`
+    one.element.classList.toggle('off', one.weight === 0)
+  }
+  $('count').textContent = references.length ? `${references.length} of at most ${limits.max_references}` : ''
+}
+
+async function addFiles(files, dropped = true) {
+  say('')
+  for (const file of files) {
+    try {
+      const kept = await upload(file)
+      addTile(kept, wanted.find(used => used.sha256 === kept.sha256)?.weight)
+      if (wanted.length) tellMissing()
+      if (dropped && kept.settings && !wanted.length) say(`${kept.name} was drawn by easyref. Drop it on the right to take its settings instead.`)
+    } catch (error) { say(error.message, true) }
+    showTiles()
+  }
+}
+
+// Settings
+
+function show(settings) {
+  for (const name of SETTINGS) {
+    if (settings[name] > +$(name).max) $(name).max = settings[name]
+    $(name).value = settings[name]
+    $(name).dispatchEvent(new Event('input'))
+  }
+}
+
+function tellMissing() {
+  const missing = wanted.filter(used => !references.some(one => one.kept.sha256 === used.sha256)).map(used => used.name)
+  say(missing.length ? `To draw it again, add its references too: ${missing.join(', ')}` : '')
+}
+
+async function restore(settings) {
+  if (!Number.isSafeInteger(settings.seed)) return say(`Its seed is too large for a browser; use \`easyref generate --from\`.`, true)
+  show(settings)
+  $('seed').value = settings.seed
+  $('random').checked = false
+  $('num').value = 1
+  wanted = settings.references
+  references.length = 0
+  for (const used of wanted) {
+    const answer = await fetch(`/references/${used.sha256}`)
+    if (answer.ok) addTile(await answer.json(), used.weight)
+  }
+  showTiles()
+  tellMissing()
+}
+
+async function openPicture(file) {
+  say('')
+  try {
+    const kept = await upload(file)
+    if (kept.settings) await restore(kept.settings)
+    else say(`${kept.name}: no settings in it; drop it on References to draw with it.`, true)
+  } catch (error) { say(error.message, true) }
+}
+
+// Drawing
+
+async function* lines(stream) {
+  const reader = stream.pipeThrough(new TextDecoderStream()).getReader()
+  let rest = ''
+  for (;;) {
+    const { value, done } = await reader.read()
+    if (done) return
+    const parts = (rest + value).split('\n')
+    rest = parts.pop()
+    for (const part of parts) yield JSON.parse(part)
+  }
+}
+
+function showPicture(place, { image, seed }, name) {
+  const figure = copy('picture'), bytes = Uint8Array.from(atob(image), c => c.charCodeAt(0))
+  const file = new File([bytes], name, { type: 'image/png' }), picture = figure.querySelector('img')
+  picture.addEventListener('load', () => picture.classList.toggle('small', picture.naturalWidth <= 128))
+  picture.src = figure.querySelector('.large').href = figure.querySelector('.save').href = URL.createObjectURL(file)
+  picture.alt = `Picture with seed ${seed}`
+  figure.querySelector('.save').download = name
+  figure.querySelector('.seed').textContent = `seed ${seed}`
+  figure.querySelector('.reuse').addEventListener('click', () => addFiles([file], false))
+  place.append(figure)
+  return file
+}
+
+async function draw() {
+  const asked = Object.fromEntries(SETTINGS.map(name => [name, $(name).type === 'range' ? +$(name).value : $(name).value]))
+  asked.num = +$('num').value
+  asked.references = references.map(one => one.kept.sha256)
+  asked.weights = references.map(one => one.weight)
+  if (!$('random').checked && $('seed').value !== '') asked.seed = +$('seed').value
+  const batch = copy('batch'), bar = batch.querySelector('progress'), stage = batch.querySelector('.stage'), again = batch.querySelector('.again')
+  batch.querySelector('.words').textContent = asked.prompt || 'No prompt'
+  batch.querySelector('.detail').textContent =
+    `${references.length} reference${references.length === 1 ? '' : 's'} · likeness ${asked.scale} · guidance ${asked.guidance} · ${asked.steps} steps`
+  again.hidden = true
+  running = new AbortController()
+  batch.querySelector('.cancel').addEventListener('click', () => running?.abort())
+  $('empty').hidden = true
+  $('gallery').prepend(batch)
+  bar.removeAttribute('value')
+  stage.textContent = 'Starting'
+  let made = null
+  try {
+    const headers = { 'Content-Type': 'application/json', Accept: 'application/x-ndjson' }
+    const answer = await ask('/generate', { method: 'POST', headers, body: JSON.stringify(asked), signal: running.signal })
+    for await (const event of lines(answer.body)) {
+      if (event.error) throw new Error(event.error)
+      if (event.ahead) stage.textContent = `${event.ahead} before this`
+      if (event.step === 0) stage.textContent = 'Reading references'
+      if (event.step) { bar.value = event.step / event.steps; stage.textContent = `Step ${event.step} of ${event.steps}` }
+      if (event.images) made = event.images
+    }
+    if (!made) throw new Error('The server stopped in the middle; look at its log.')
+    const files = made.map(one => showPicture(batch.querySelector('.pictures'), one, `easyref-${one.seed}.png`))
+    $('seed').value = made[0].seed
+    batch.querySelector('.progress').remove()
+    again.hidden = false
+    again.addEventListener('click', async () => {
+      await openPicture(files[0])
+      $('num').value = files.length
+    })
+  } catch (error) {
+    batch.remove()
+    $('empty').hidden = $('gallery').querySelector('article') !== null
+    if (error.name !== 'AbortError') say(error.message, true)
+  } finally { running = null }
+}
+
+// Wiring
+
+$('form').addEventListener('submit', async event => {
+  event.preventDefault()
+  if (running) return
+  say('')
+  $('go').disabled = true
+  await draw()
+  $('go').disabled = false
+})
+document.addEventListener('keydown', event => { if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) $('form').requestSubmit() })
+$('add').addEventListener('keydown', event => { if (event.key === 'Enter' || event.key === ' ') { event.preventDefault(); $('files').click() } })
+for (const [id, take] of [['files', files => addFiles(files)], ['open', files => openPicture(files[0])]])
+  $(id).addEventListener('change', async () => { const files = [...$(id).files]; $(id).value = ''; if (files.length) await take(files) })
+for (const output of document.querySelectorAll('output')) {
+  const input = $(output.htmlFor.value)
+  input.addEventListener('input', () => { output.textContent = input.value })
+}
+$('seed').addEventListener('input', () => { $('random').checked = $('seed').value === '' })
+
+const target = event => event.target instanceof Element && event.target.closest('#form') ? $('references') : $('gallery')
+document.addEventListener('dragover', event => {
+  event.preventDefault()
+  for (const id of ['references', 'gallery']) $(id).classList.toggle('over', $(id) === target(event))
+})
+for (const kind of ['dragleave', 'drop']) document.addEventListener(kind, () => ['references', 'gallery'].forEach(id => $(id).classList.remove('over')))
+document.addEventListener('drop', event => {
+  event.preventDefault()
+  const files = [...event.dataTransfer.files]
+  if (files.length) target(event) === $('references') ? addFiles(files) : openPicture(files[0])
+})
+document.addEventListener('paste', event => { const files = [...event.clipboardData.files]; if (files.length) { event.preventDefault(); addFiles(files) } })
+
+try {
+  limits = await (await ask('/model')).json()
+  $('model').textContent = `${limits.name} · ${limits.sha256.slice(0, 8)}`
+  $('num').max = limits.max_images
+  show(limits.defaults)
+} catch (error) { say(error.message, true) }

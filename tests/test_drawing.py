@@ -1,0 +1,121 @@
+"""Pictures that say how they were made: settings in the PNG, `easyref generate --from`, references found again, bad input."""
+
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from typer.testing import CliRunner
+
+from easyref.cli import app
+from easyref.data.shards import ImageStore
+from easyref.drawing import PNG_KEY, Artist, Reference, Settings, Wish
+from easyref.images import ImageError
+from easyref.records import sha256_file
+from easyref.seeds import numpy_rng
+
+ROOT = Path(__file__).parents[1]
+CHECKPOINT = Path("models/pretrain")
+WISH = Wish(prompt="cat face", negative_prompt="robot", steps=3, guidance=2.5, scale=1.25)
+
+
+def generate(*words: str) -> list[str]:
+    """What `easyref generate` prints. What it raises is one line on the terminal (test_cli.py)."""
+    done = CliRunner().invoke(app, ["generate", "--model", str(ROOT / CHECKPOINT), *words])
+    if done.exception:
+        raise done.exception
+    return done.stdout.split()
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder, store = tmp_path_factory.mktemp("references"), ImageStore(Path("data/images"))
+    for name, sha256 in zip(("a.png", "b.png"), store.rows, strict=False):
+        store.image(sha256).save(folder / name)
+    return [folder / "a.png", folder / "b.png"]
+
+
+@pytest.fixture(scope="module")
+def artist() -> Iterator[Artist]:
+    torch.set_num_threads(1)
+    yield Artist.load(CHECKPOINT, "pretrain")
+
+
+def test_a_picture_says_how_it_was_made(artist: Artist, references: list[Path]) -> None:
+    used = [Reference.read(references[0], weight=2.0), Reference.read(references[1].read_bytes(), "b.png")]
+    steps: list[int] = []
+    first, second = artist.draw(WISH, used, [7, 9], steps.append)
+    settings = Settings.read(second)
+    assert settings and steps == [1, 2, 3]
+    assert {name: getattr(settings, name) for name in Wish.model_fields} == WISH.model_dump()
+    assert (settings.seed, settings.batch, settings.width, settings.height) == (9, [7, 9], 64, 64)
+    assert [(r.name, r.sha256, r.weight) for r in settings.references] == [
+        ("a.png", sha256_file(references[0]), 2.0), ("b.png", sha256_file(references[1]), 1.0)
+    ]  # fmt: skip
+    assert settings.model == "pretrain" and settings.model_sha256 == sha256_file(CHECKPOINT / "easyref.safetensors")
+    assert np.asarray(Image.open(io.BytesIO(first))).tobytes() != np.asarray(Image.open(io.BytesIO(second))).tobytes()
+
+
+def test_what_a_step_raises_ends_the_drawing(artist: Artist, references: list[Path]) -> None:
+    seen: list[int] = []
+
+    def stop(number: int) -> None:
+        seen.append(number)
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        artist.draw(WISH, [Reference.read(references[0])], [0], stop)
+    assert seen == [1] and artist.draw(WISH, [Reference.read(references[0])], [0])
+
+
+def test_generate_from_a_picture_draws_the_same_bits(tmp_path: Path, references: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a batch of three; the references are found by content under other names; an option on the command line changes it."""
+    asked = ("--prompt", "cat face", "--steps", "3", "--guidance", "2.5", "--scale", "1.25", "--weight", "2", "--weight", "1")
+    files = [word for path in references for word in ("--ref", str(path))]
+    generate(*files, *asked, "--num", "3", "--seed", "4", "--out", str(tmp_path / "one"))
+    made = tmp_path / "one" / "5.png"
+    (tmp_path / "x.png").write_bytes(references[0].read_bytes())
+    (tmp_path / "one" / "b.png").write_bytes(references[1].read_bytes())  # by its name, beside the picture
+    again = tmp_path / "two" / "5.png"
+    monkeypatch.chdir(tmp_path)
+    assert generate("--from", str(made), "--ref", "x.png", "--out", str(tmp_path / "two")) == [str(again)]
+    assert list((tmp_path / "two").iterdir()) == [again]
+    assert np.array_equal(np.asarray(Image.open(made)), np.asarray(Image.open(again)))
+    settings, other = Settings.read(made), Settings.read(again)
+    assert settings and other
+    renamed = [one.model_copy(update={"name": name}) for one, name in zip(other.references, ("a.png", "b.png"), strict=True)]
+    assert other.model_copy(update={"references": renamed}) == settings
+
+    generate("--from", str(made), *files, "--prompt", "star", "--seed", "5", "--out", str(tmp_path / "three"))
+    third = Settings.read(tmp_path / "three" / "5.png")
+    assert third and (third.prompt, third.scale, third.batch, third.references[0].weight) == ("star", 1.25, [5], 2.0)
+
+
+def test_pictures_that_tell_nothing_and_lost_references(
+    tmp_path: Path, references: list[Path], artist: Artist, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plain, torn, drawn = (tmp_path / name for name in ("plain.png", "torn.png", "drawn.png"))
+    Image.fromarray(numpy_rng("plain").integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(plain)
+    chunks = PngInfo()
+    chunks.add_itxt(PNG_KEY, '{"prompt": 3}')
+    Image.new("RGB", (8, 8)).save(torn, pnginfo=chunks)
+    drawn.write_bytes(artist.draw(WISH, [Reference.read(references[0])], [0])[0])
+    assert Settings.read(plain) is None
+    with pytest.raises(ImageError, match="not an image"):
+        Settings.read(b"hello", "a.png")
+    for words, message in (
+        (["--from", str(plain)], "no settings in it; name a PNG that easyref drew"),
+        (["--from", str(torn)], "settings of another version of easyref: prompt"),
+        (["--from", str(drawn)], "a.png (sha256 "),
+        (["--prompt", "star"], "no reference; give at least one with --ref"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)) as failure:
+            generate(*words, "--out", str(tmp_path / "out"))
+        assert len(str(failure.value).splitlines()) == 1
+    assert not (tmp_path / "out").exists()
