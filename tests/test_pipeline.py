@@ -1,6 +1,7 @@
 """The shipped base and alignment weights make pictures through the public pipeline; requests do not influence each other."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from cachetools import LRUCache
 from PIL import Image
 
+from easyref.model import attention
 from easyref.pipeline import EasyRef, Request
 
 CHECKPOINT = Path("models/pretrain")
@@ -120,6 +122,58 @@ def test_cached_keys_and_values_equal_tokens_in_every_step(easyref: EasyRef) -> 
             for embeds in (tokens_BTX[:, None], payload)
         ]
     torch.testing.assert_close(out[0], out[1], rtol=0, atol=1e-5)
+
+
+def test_scale_by_block_is_diffusers_own(easyref: EasyRef) -> None:
+    unet = easyref.pipe.unet
+    for scale in ({"up": 0.5}, {"down": 0.25, "mid": 0.5, "up": {"block_0": [0.0, 1.0]}}, {"down": {"block_1": 0.75}}):
+        easyref.pipe.set_ip_adapter_scale(scale)
+        theirs = attention.scales(unet)
+        easyref.adapter.set_scale(0.0)
+        easyref.adapter.set_scale(scale)
+        assert attention.scales(unet) == theirs and len(set(theirs)) > 1
+
+    def make(scale: Any) -> np.ndarray:
+        return pixels(easyref([Request("star", [reference("red")], 0)], steps=2, guidance=2.0, scale=scale)[0])
+
+    np.testing.assert_array_equal(make({"down": 1.0, "mid": 1.0, "up": 1.0}), make(1.0))
+    np.testing.assert_array_equal(make({"mid": 0.0}), make(0.0))  # a block that is not named gets none
+    assert np.abs(make({"up": 1.0}) - make(1.0)).max() > 0 and np.abs(make({"up": 1.0}) - make(0.0)).max() > 0
+    with pytest.raises(ValueError, match="no cross-attention starts with 'up_blocks.9'"):
+        make({"up": {"block_9": 1.0}})
+
+
+def test_references_count_in_a_window_of_the_steps(easyref: EasyRef) -> None:
+    """Latents of each step: as with references inside, as without outside; nothing stays behind."""
+
+    def make(**options: Any) -> list[torch.Tensor]:
+        seen: list[torch.Tensor] = []
+        note = lambda pipe, step, time, given: (seen.append(given["latents"].clone()), given)[1]  # noqa: E731
+        easyref([Request("star", [reference("red")], 0)], steps=4, guidance=2.0, callback_on_step_end=note, **options)
+        return seen
+
+    on, off = make(), make(scale=0.0)
+    assert all(map(torch.equal, make(window=(0.0, 0.0)), off)) and all(map(torch.equal, make(window=(0.0, 1.0)), on))
+    early, late = make(window=(0.0, 0.5)), make(window=(0.5, 1.0))
+    assert [torch.equal(a, b) for a, b in zip(early, on, strict=True)] == [True, True, False, False]
+    assert [torch.equal(a, b) for a, b in zip(late, off, strict=True)] == [True, True, False, False]
+    assert not torch.equal(early[3], off[3]) and not torch.equal(late[3], on[3])
+    assert all(map(torch.equal, make(), on))
+    with pytest.raises(ValueError, match=r"window \(0.6, 0.4\)"):
+        make(window=(0.6, 0.4))
+
+
+def test_negative_references_are_what_guidance_leads_away_from(easyref: EasyRef) -> None:
+    """Away from the very same it leads nowhere, however strong."""
+
+    def make(negative: str | None, guidance: float) -> np.ndarray:
+        away = [reference(negative)] if negative else []
+        request = Request("star", [reference("red")], 0, negative_prompt="star", negative_references=away)
+        return pixels(easyref([request], steps=3, guidance=guidance)[0])
+
+    assert np.abs(make("red", 2.0) - make("red", 9.0)).max() <= 2
+    assert np.abs(make(None, 2.0) - make(None, 9.0)).max() > 10
+    assert np.abs(make("blue", 3.0) - make(None, 3.0)).max() > 2
 
 
 def test_too_long_prompt_names_the_limit(easyref: EasyRef) -> None:

@@ -91,6 +91,10 @@ def test_command(command: str, place: Path) -> None:
             assert shown.exit_code == 0 and f"{verb} [OPTIONS]" in shown.output
     elif any(word.startswith("models:/") for word in words) or words[1] in ("release", "pull", "promote", "rollback", "trace"):
         assert words[1] in VERBS  # by tests/flows/test_services.py
+    elif words[1] in ("ui", "serve"):  # by a test of its own, which starts it
+        assert f'running("{words[1]}", ' in (ROOT / "tests" / f"test_{words[1]}.py").read_text()
+    elif "--from" in words:
+        assert '"--from"' in (ROOT / "tests" / "test_drawing.py").read_text()
     elif words[1] in ("upstream", "bench", "export", "trt"):  # by a test of its own
         assert any(
             f'["{words[1]}", ' in path.read_text() for path in (ROOT / "tests").rglob("test_*.py") if path.name != Path(__file__).name

@@ -124,8 +124,12 @@ class Artist:
 
     def check(self, wish: Wish, references: Sequence[Reference]) -> None:
         """ValueError in one line for what would fail in the middle of the work."""
+        from easyref.model.reference import check_weights
+
         if len(references) > self.max_references:
             raise ValueError(f"{len(references)} references, the model takes at most {self.max_references}; give fewer")
+        if references:
+            check_weights([reference.weight for reference in references])
         self.easyref.check_prompt(wish.prompt)
         self.easyref.check_prompt(wish.negative_prompt)
 

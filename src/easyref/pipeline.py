@@ -17,8 +17,9 @@ import torch
 from cachetools import LRUCache
 from PIL import Image
 
-from easyref.model import weights
+from easyref.model import attention, weights
 from easyref.model.adapter import Adapter
+from easyref.model.attention import Scales
 from easyref.model.reference import PrefixStates, ReferenceEncoder, ReferenceInputs, ReferenceProcessor, ReferenceSample, null_image
 from easyref.runtime import Engines
 from easyref.seeds import torch_rng
@@ -29,13 +30,17 @@ ENCODED = 64  # samples kept for the next seed
 
 @dataclass(frozen=True)
 class Request:
-    """One image to make. No references: the null reference, which is text alone. `weights`: how much each reference counts."""
+    """One image to make. No references: the null reference, which is text alone. `weights`: how much each reference counts.
+
+    `negative_references`: what the image is led away from, with the negative prompt; the null reference if there are none.
+    """
 
     prompt: str
     references: Sequence[Image.Image]
     seed: int
     negative_prompt: str = ""
     weights: Sequence[float] | None = None
+    negative_references: Sequence[Image.Image] = ()
 
 
 class EasyRef:
@@ -43,7 +48,7 @@ class EasyRef:
 
     def __init__(self, pipe: Any, encoder: ReferenceEncoder, processor: ReferenceProcessor, adapter: Adapter) -> None:
         self.pipe, self.encoder, self.processor, self.adapter = pipe, encoder, processor, adapter
-        self._null: dict[float, torch.Tensor] = {}  # by scale
+        self._null: dict[tuple[float, ...], torch.Tensor] = {}  # by scales
         self.encoded: LRUCache = LRUCache(ENCODED)  # tokens_TX by references, prompt and weights
         self.starts: LRUCache = LRUCache(START_BYTES, getsizeof=lambda start: start.nbytes)  # by the references' digests
 
@@ -87,6 +92,10 @@ class EasyRef:
         adapter.merge_lora()
         pipe.set_progress_bar_config(disable=True)
         return cls(pipe, encoder, ReferenceProcessor.from_pretrained(place, config.reference, config.mllm_revision), adapter)
+
+    def detach(self) -> None:
+        """Take EasyRef out of the pipeline, which then draws as before it was attached. LoRAs of others stay."""
+        self.adapter.uninstall()
 
     @torch.no_grad()
     def encode(
@@ -146,20 +155,23 @@ class EasyRef:
 
     @torch.no_grad()
     def __call__(
-        self, requests: Sequence[Request], steps: int = 30, guidance: float = 7.5, scale: float = 1.0,
-        height: int | None = None, width: int | None = None, **pipe_options: Any,
+        self, requests: Sequence[Request], steps: int = 30, guidance: float = 7.5, scale: float | Scales = 1.0,
+        height: int | None = None, width: int | None = None, window: tuple[float, float] = (0.0, 1.0), **pipe_options: Any,
     ) -> list[Image.Image]:  # fmt: skip
         """Images of a batch of requests. Each request's noise depends on its own seed alone, not on the batch.
 
-        `guidance` 1 switches the unconditional branch (null reference + negative prompt) off. `pipe_options` go to the pipeline.
+        `guidance` 1 switches the unconditional branch (null or negative references + negative prompt) off. `scale`: of all
+        cross-attentions, or by block (`attention.set_scale`); a block that is not named gets none, as in diffusers. `window`: the share
+        of the steps in which references count, as ControlNet's control_guidance_start and _end. `pipe_options` go to the pipeline.
         """
         for request in requests:
             self.check_prompt(request.prompt)
+        self.adapter.set_scale(0.0)
         self.adapter.set_scale(scale)
         positive = self.encode([r.references for r in requests], [r.prompt for r in requests], [r.weights for r in requests])
-        payload = torch.cat([self._null_payload(requests, scale), positive]) if guidance > 1 else positive
+        payload = torch.cat([self._unconditional(requests), positive]) if guidance > 1 else positive
         default = self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
-        with self._embeds_per_request(payload):
+        with self._embeds_per_request(payload), self._only_in(window):
             return self.pipe(
                 prompt=[r.prompt for r in requests], negative_prompt=[r.negative_prompt for r in requests],
                 num_inference_steps=steps, guidance_scale=guidance, height=height or default, width=width or default,
@@ -181,6 +193,28 @@ class EasyRef:
         finally:
             self.pipe.prepare_ip_adapter_image_embeds = original
 
+    @contextmanager
+    def _only_in(self, window: tuple[float, float]) -> Iterator[None]:
+        """References count in the steps that lie whole within `window`. Every SDXL pipeline calls its UNet once a step."""
+        start, end = window
+        if not 0 <= start <= end <= 1:
+            raise ValueError(f"window {window}: give two shares of the steps, as (0.0, 0.6)")
+        unet, step = self.pipe.unet, 0
+        inside = dict(zip(attention.processors(unet), attention.scales(unet), strict=True))
+
+        def before(*_: Any) -> None:
+            nonlocal step
+            total = self.pipe.num_timesteps
+            self.adapter.set_scale(inside if start <= step / total and (step + 1) / total <= end else 0.0)
+            step += 1
+
+        hook = unet.register_forward_pre_hook(before)
+        try:
+            yield
+        finally:
+            hook.remove()
+            self.adapter.set_scale(inside)
+
     def check_prompt(self, prompt: str) -> None:
         """ValueError when a text encoder would cut the prompt."""
         for tokenizer in (self.pipe.tokenizer, self.pipe.tokenizer_2):
@@ -190,14 +224,15 @@ class EasyRef:
                     f"prompt of {length} tokens is over the text encoder's limit of {tokenizer.model_max_length}; shorten it"
                 )
 
-    def _null_payload(self, requests: Sequence[Request], scale: float) -> torch.Tensor:
-        """The unconditional branch: null reference with the negative prompt (method.md §3)."""
+    def _unconditional(self, requests: Sequence[Request]) -> torch.Tensor:
+        """The unconditional branch: null reference with the negative prompt (method.md §3), or negative references."""
         negatives = [r.negative_prompt for r in requests]
-        if any(negatives):
-            return self.encode([[]] * len(requests), negatives)
-        if scale not in self._null:
-            self._null = {scale: self.encode([[]], [""])}
-        return self._null[scale].expand(len(requests), -1, -1, -1)
+        if any(negatives) or any(r.negative_references for r in requests):
+            return self.encode([r.negative_references for r in requests], negatives)
+        scales = attention.scales(self.pipe.unet)
+        if scales not in self._null:
+            self._null = {scales: self.encode([[]], [""])}
+        return self._null[scales].expand(len(requests), -1, -1, -1)
 
 
 def _digest(image: Image.Image) -> bytes:

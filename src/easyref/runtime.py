@@ -14,6 +14,7 @@ import torch
 from cachetools import LRUCache
 from torch import Tensor
 
+from easyref.model.attention import scales
 from easyref.model.flat import flat_inputs
 from easyref.model.reference import ReferenceInputs
 from easyref.records import changed_file, read_json
@@ -63,34 +64,31 @@ def check_graphs(folder: Path) -> dict[str, Any]:
 
 
 class Engines:
-    """What draws, by the name of its graph. `layers`: cross-attention layers of the UNet."""
+    """What draws, by the name of its graph."""
 
-    def __init__(self, engines: Mapping[str, Callable[..., Tensor]], layers: int, device: str = "cpu") -> None:
-        self.engines, self.layers, self.device, self.scale = engines, layers, device, 1.0
+    def __init__(self, engines: Mapping[str, Callable[..., Tensor]], device: str = "cpu") -> None:
+        self.engines, self.device = engines, device
 
     @classmethod
     def onnxruntime(cls, folder: Path, provider: str = "cpu") -> Engines:
         """The graphs of `folder` in ONNX Runtime."""
         if provider not in PROVIDERS:
             raise EngineError(f"provider {provider!r}: not one of {', '.join(PROVIDERS)}")
-        manifest = check_graphs(folder)
+        check_graphs(folder)
         made = {name: Engine(folder / f"{name}.onnx", PROVIDERS[provider]) for name in NAMES}
-        return cls(made, manifest["shapes"]["layers"])
+        return cls(made)
 
     def install(self, easyref: Any) -> None:
         """Take the place of the torch modules of `easyref`."""
         pipe = easyref.pipe
         easyref.starts = LRUCache(0)  # the graph of the prefix runs whole
         easyref.encoder.forward = self._encoder(easyref.encoder)
-        easyref.adapter.payload, easyref.adapter.set_scale = self.payload, self.set_scale
+        easyref.adapter.payload, self.network = self.payload, pipe.unet
         pipe.unet.forward, pipe.vae.decode = self._unet, self._decoder(pipe.vae.config.scaling_factor)
-
-    def set_scale(self, scale: float) -> None:
-        self.scale = scale
 
     def payload(self, tokens_BTX: Tensor) -> Tensor:
         """Packed keys and values [B, 1, T, W]; the scale is in the values."""
-        return self.engines["reference_kv"](tokens=tokens_BTX, scale=torch.full((self.layers,), float(self.scale)))[:, None]
+        return self.engines["reference_kv"](tokens=tokens_BTX, scale=torch.tensor(scales(self.network)))[:, None]
 
     def _encoder(self, encoder: Any) -> Callable[..., Tensor]:
         def forward(inputs: ReferenceInputs, bias_BL: Tensor | None = None) -> Tensor:
@@ -110,6 +108,8 @@ class Engines:
         if unknown or return_dict:
             raise EngineError(f"the exported UNet takes no {unknown[0] if unknown else 'return_dict'}; draw with torch")
         (kv,) = added_cond_kwargs["image_embeds"]
+        if not any(scales(self.network)):  # in this step, whatever is in the values
+            kv = torch.zeros_like(kv)
         return (
             self.engines["unet"](
                 sample=sample, timestep=torch.as_tensor(timestep).long(), encoder_hidden_states=encoder_hidden_states,

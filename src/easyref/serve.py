@@ -53,6 +53,7 @@ LINES = "application/x-ndjson"
 MAX_BYTES = Limits().max_bytes  # of a request
 KEPT_BYTES = 512 * 2**20  # of uploaded references
 MAX_IMAGES = 8  # of a request: one batch
+RANDOM_SEEDS = 10**6  # short enough to be told to someone
 THUMBNAIL = 320  # pixels
 HEARTBEAT = 1.0  # seconds between words to one who waits
 
@@ -322,7 +323,7 @@ def create_app(artist: Artist, max_waiting: int, token: str | None = None, page:
         queue.check_room()
         wish = asked.wish()
         within("num", asked.num, 1, MAX_IMAGES)
-        first = secrets.randbelow(2**32) if asked.seed is None else asked.seed
+        first = secrets.randbelow(RANDOM_SEEDS) if asked.seed is None else asked.seed
         within("seed", first + asked.num - 1, 0, MAX_SEED)
         here = {digest: kept[digest] for digest in asked.references if digest in kept}
         references = await run_in_threadpool(asked.read, here.get)

@@ -381,4 +381,4 @@ def engines(graphs: Path, plans: Path, cuda_graph: bool = False) -> Engines:
         if about["graph"] != graph_digest(manifest, name):
             raise EngineError(f"{plans / name}.plan: of other graphs than those of {graphs}; `easyref trt build`")
         made[name] = TensorRTEngine(plans / f"{name}.plan", cuda_graph and name == "unet")
-    return Engines(made, manifest["shapes"]["layers"], "cuda")
+    return Engines(made, "cuda")

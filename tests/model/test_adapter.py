@@ -113,7 +113,9 @@ def test_merge_is_the_same_and_unmerge_is_exact(make_unet: Make) -> None:
     adapter.merge_lora()
     merged = unet(**inputs).sample
     assert (merged - output).abs().max() <= 1e-5 * output.abs().max()
-    changed = [k for k, v in unet.state_dict().items() if not torch.equal(v, before[k])]
+    assert not lora.wrapped(unet)
+    plain = {k.replace(".base_layer.", "."): v for k, v in before.items()}
+    changed = [k for k, v in unet.state_dict().items() if not torch.equal(v, plain[k])]
     assert len(changed) == 16 * 4
     adapter.merge_lora()  # merging twice is merging once
     assert torch.equal(unet(**inputs).sample, merged)
@@ -123,11 +125,31 @@ def test_merge_is_the_same_and_unmerge_is_exact(make_unet: Make) -> None:
     assert torch.equal(unet(**inputs).sample, output)
 
 
+def test_another_lora_on_a_merged_one_counts_and_leaves_it(make_unet: Make) -> None:
+    """The same as both side by side."""
+    merged, beside, inputs = make_unet(), make_unet(), unet_inputs()
+    style = LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)
+    adapters = [install(merged), install(beside)]
+    adapters[0].merge_lora()
+    without = merged(**inputs).sample
+    for unet in (merged, beside):
+        torch.manual_seed(5)  # peft draws from the global generator
+        unet.add_adapter(style, "style")
+    beside.set_adapters(["easyref", "style"])
+    assert not torch.equal(merged(**inputs).sample, without)
+    torch.testing.assert_close(merged(**inputs).sample, beside(**inputs).sample, atol=1e-4, rtol=1e-4)
+    adapters[0].uninstall()
+    adapters[1].uninstall()
+    beside.set_adapters(["style"])
+    assert torch.equal(merged(**without_images(inputs)).sample, beside(**without_images(inputs)).sample)
+
+
 def test_merged_lora_refuses_new_weights(make_unet: Make) -> None:
     adapter = install(make_unet())
     adapter.merge_lora()
-    with pytest.raises(ValueError, match="call unmerge_lora"):
-        adapter.load_state_dict(adapter.state_dict())
+    for use in (adapter.state_dict, lambda: adapter.load_state_dict({})):
+        with pytest.raises(ValueError, match="call unmerge_lora"):
+            use()
 
 
 def test_state_round_trips_and_holds_nothing_of_the_unet(make_unet: Make) -> None:

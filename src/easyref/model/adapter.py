@@ -29,7 +29,7 @@ class Adapter:
         self._config = cast(Any, unet.config)  # diffusers types it as a dict
         self._before_hid_type = self._config.encoder_hid_dim_type
         self._before_grad = {p: p.requires_grad for p in unet.parameters()}
-        self._merged: dict[str, Tensor] | None = None  # original weights while LoRA is merged
+        self._merged: lora.Merged | None = None
 
     @classmethod
     def install(
@@ -59,8 +59,10 @@ class Adapter:
 
     def uninstall(self) -> None:
         """Give the UNet back as it was: weights, processors, config and requires_grad."""
-        if self.lora_rank is not None:
-            self.unmerge_lora()
+        if self._merged is not None:
+            lora.restore(self.unet, self._merged)
+            self._merged = None
+        elif self.lora_rank is not None:
             lora.remove(self.unet)
         self.unet.set_attn_processor(dict(self._before_processors))  # it empties the dict it is given
         self.unet.encoder_hid_proj = None
@@ -76,19 +78,20 @@ class Adapter:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The adapter's own tensors, detached, not copied."""
+        self.require_unmerged()
         return {name: parameter.detach() for name, parameter in self.named_parameters().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Copy `state` in; its names must be exactly those of `state_dict`."""
+        self.require_unmerged()
         own = self.named_parameters()
         if state.keys() != own.keys():
             odd = sorted(state.keys() ^ own.keys())
             raise ValueError(f"adapter state does not fit: {odd[0]} and {len(odd) - 1} more are only on one side")
-        self.require_unmerged()
         for name, parameter in own.items():
             parameter.data.copy_(state[name])
 
-    def set_scale(self, scale: float | Mapping[str, float]) -> None:
+    def set_scale(self, scale: float | attention.Scales) -> None:
         """lambda; see `attention.set_scale`."""
         attention.set_scale(self.unet, scale)
 
@@ -97,7 +100,7 @@ class Adapter:
         return attention.pack_reference_kv(attention.reference_kv(self.unet, tokens_BTX))
 
     def merge_lora(self) -> None:
-        """Fold LoRA into the weights: no cost per step. Keeps the originals (CPU memory) for `unmerge_lora`."""
+        """Fold LoRA into the weights: no cost per step. Keeps the original weights (CPU memory) and LoRA for `unmerge_lora`."""
         if self.lora_rank is not None and self._merged is None:
             self._merged = lora.merge(self.unet)
 
@@ -108,9 +111,9 @@ class Adapter:
             self._merged = None
 
     def require_unmerged(self) -> None:
-        """Loading weights under a merged LoRA would leave the old LoRA in the UNet."""
+        """A merged LoRA is not there to be read, and loading weights under it would leave it in the UNet."""
         if self._merged is not None:
-            raise ValueError("LoRA is merged into the UNet; call unmerge_lora() before loading weights")
+            raise ValueError("LoRA is merged into the UNet; call unmerge_lora() before its weights are read or loaded")
 
     def _install_attention(self, num_tokens: int, scale: float) -> None:
         unet, layout = self.unet, attention.kv_layout(self.unet)

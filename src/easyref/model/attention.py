@@ -17,7 +17,7 @@ S pixels · L text tokens · H heads · E head width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -132,15 +132,41 @@ def pack_reference_kv(kv: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     return torch.cat([part_BTC for pair in kv for part_BTC in pair], dim=-1)[:, None]
 
 
-def set_scale(unet: UNet2DConditionModel, scale: float | Mapping[str, float]) -> None:
-    """Set lambda of every cross-attention, or of those whose name starts with a key (`{"up_blocks.0": 0.5}`)."""
+Scales = Mapping[str, Any]  # numbers by block, nested as diffusers' set_ip_adapter_scale takes them
+
+
+def set_scale(unet: UNet2DConditionModel, scale: float | Scales) -> None:
+    """Set lambda of every cross-attention, or of those that are named; the others stay as they are.
+
+    By the start of the module's name (`{"up_blocks.0": 0.5}`), or as diffusers' `set_ip_adapter_scale` has it
+    (`{"down": 0.5, "up": {"block_0": [0.0, 1.0, 0.0]}}`: a number for a part, a block or each transformer of a block).
+    """
     ours = processors(unet)
-    if isinstance(scale, Mapping):
-        unknown = [key for key in scale if not any(name.startswith(key) for name in ours)]
-        if unknown:
-            raise ValueError(f"no cross-attention starts with {unknown[0]!r}; names are like {next(iter(ours), '')!r}")
-        chosen = {name: value for key, value in scale.items() for name in ours if name.startswith(key)}
-    else:
+    if not isinstance(scale, Mapping):
         chosen = dict.fromkeys(ours, scale)
+    else:
+        chosen = {}
+        for start, value in _flat(scale):
+            named = [name for name in ours if f"{name}.".startswith(f"{start}.")]
+            if not named:
+                raise ValueError(f"no cross-attention starts with {start!r}; names are like {next(iter(ours), '')!r}")
+            chosen |= dict.fromkeys(named, value)
     for name, value in chosen.items():
         ours[name].scale[0] = value
+
+
+def scales(unet: UNet2DConditionModel) -> tuple[float, ...]:
+    """lambda of every cross-attention, in packing order."""
+    return tuple(processor.scale[0] for processor in processors(unet).values())
+
+
+def _flat(scale: Scales, within: str = "") -> Iterator[tuple[str, float]]:
+    """Numbers by the start of a module's name."""
+    for key, value in scale.items():
+        start = within + {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}.get(key, key.removeprefix("block_"))
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{start}.")
+        elif isinstance(value, Sequence):
+            yield from ((f"{start}.attentions.{number}", one) for number, one in enumerate(value))
+        else:
+            yield start, float(value)

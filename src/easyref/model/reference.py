@@ -200,8 +200,7 @@ class ReferenceProcessor:
             ValueError: another number of weights than of images, a negative one, or none above zero.
         """
         for given in weights:
-            if not all(0 <= w < torch.inf for w in given) or not any(given):
-                raise ValueError(f"weights {list(given)} of the references: give numbers from 0 on, at least one above 0")
+            check_weights(given)
         flat = torch.tensor([w for given in weights for w in given], dtype=torch.float64)
         if len(flat) != len(inputs.image_grid_thw):
             raise ValueError(f"{len(flat)} weights for {len(inputs.image_grid_thw)} references; give one for each")
@@ -224,6 +223,12 @@ class ReferenceProcessor:
         for token in self.tokenizer.all_special_tokens:
             if token in prompt:
                 raise ValueError(f"the prompt contains the special token {token}; remove it from {prompt!r}")
+
+
+def check_weights(weights: Sequence[float]) -> None:
+    """ValueError for weights of one sample's references that no picture can be drawn with."""
+    if not all(0 <= weight < torch.inf for weight in weights) or not any(weights):
+        raise ValueError(f"weights {list(weights)} of the references: give numbers from 0 on, at least one above 0")
 
 
 class ReferenceEncoder(nn.Module):

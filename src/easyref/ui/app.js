@@ -51,6 +51,7 @@ function showTiles() {
     one.element.querySelector('.weight').textContent = `×${one.weight.toFixed(1)}`
     one.element.classList.toggle('off', one.weight === 0)
   }
+  $('add').firstElementChild.textContent = references.length ? 'Add more' : 'Drop images here'
   $('count').textContent = references.length ? `${references.length} of at most ${limits.max_references}` : ''
 }
 
@@ -128,7 +129,7 @@ function showPicture(place, { image, seed }, name) {
   picture.src = figure.querySelector('.large').href = figure.querySelector('.save').href = URL.createObjectURL(file)
   picture.alt = `Picture with seed ${seed}`
   figure.querySelector('.save').download = name
-  figure.querySelector('.seed').textContent = `seed ${seed}`
+  figure.querySelector('.seed').textContent = seed
   figure.querySelector('.reuse').addEventListener('click', () => addFiles([file], false))
   place.append(figure)
   return file

@@ -1,0 +1,150 @@
+"""`easyref ui` in headless Chromium with the shipped weights: what a person does, from dropping images to getting settings back."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from easyref.data.shards import ImageStore
+from easyref.drawing import Settings
+from easyref.records import sha256_file
+from tests.serving import running
+
+CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+playwright = pytest.importorskip("playwright.sync_api")
+pytestmark = [pytest.mark.long, pytest.mark.skipif(CHROMIUM is None, reason="no browser (apt install chromium)")]
+expect = playwright.expect
+expect.set_options(timeout=120_000)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The page in a browser that can reach nothing else; no error of the page goes unseen."""
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with (
+        running("ui", tmp_path_factory.mktemp("ui") / "log", "--no-browser") as address,
+        playwright.sync_playwright() as play,
+        play.chromium.launch(executable_path=CHROMIUM, args=flags) as browser,
+    ):
+        page, faults = browser.new_page(), []
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on(
+            "request", lambda request: faults.append(request.url) if not request.url.startswith((address, "blob:", "data:")) else None
+        )
+        page.goto(address)
+        expect(page.locator("#model")).to_contain_text("pretrain")
+        yield page
+        assert not faults
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder, store = tmp_path_factory.mktemp("files"), ImageStore(Path("data/images"))
+    for name, sha256 in zip(("a.png", "b.png"), store.rows, strict=False):
+        store.image(sha256).save(folder / name)
+    (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:500])
+    return [folder / name for name in ("a.png", "b.png", "broken.png")]
+
+
+def slide(page: Any, selector: str, value: str) -> None:
+    page.locator(selector).fill(value)
+
+
+def save(page: Any, number: int, folder: Path) -> Path:
+    with page.expect_download() as download:
+        page.locator(".save").nth(number).click()
+    download.value.save_as(folder / download.value.suggested_filename)
+    return folder / download.value.suggested_filename
+
+
+def test_two_references_to_pictures_and_back(page: Any, files: list[Path], tmp_path: Path) -> None:
+    page.set_input_files("#files", files[:2])
+    expect(page.locator("#tiles li")).to_have_count(2)
+    slide(page, "#tiles li:nth-child(2) input", "2")
+    page.fill("#prompt", "cat face")
+    page.fill("#negative_prompt", "robot")
+    slide(page, "#steps", "3")
+    slide(page, "#scale", "1.5")
+    page.fill("#num", "2")
+    page.click("#go")
+    expect(page.locator("figure img")).to_have_count(2)
+    made = save(page, 1, tmp_path)
+    seed = int(page.input_value("#seed"))  # random, and shown
+    assert made.name == f"easyref-{seed + 1}.png" and Image.open(made).size == (64, 64)
+    settings = Settings.read(made)
+    assert settings
+    assert (settings.prompt, settings.negative_prompt, settings.steps, settings.scale) == ("cat face", "robot", 3, 1.5)
+    assert (settings.seed, settings.batch) == (seed + 1, [seed, seed + 1])
+    assert [(r.name, r.sha256, r.weight) for r in settings.references] == [
+        ("a.png", sha256_file(files[0]), 1.0), ("b.png", sha256_file(files[1]), 2.0)
+    ]  # fmt: skip
+
+    page.reload()  # the server still has the references
+    expect(page.locator("#model")).to_contain_text("pretrain")
+    assert page.locator("#tiles li").count() == 0 and page.input_value("#prompt") == ""
+    page.set_input_files("#open", made)
+    expect(page.locator("#tiles li")).to_have_count(2)
+    found = [page.input_value(f"#{name}") for name in ("prompt", "negative_prompt", "steps", "scale", "seed")]
+    assert found == ["cat face", "robot", "3", "1.5", str(seed + 1)]
+    assert [page.locator("#tiles input").nth(i).input_value() for i in range(2)] == ["1", "2"]
+    page.click("#go")
+    expect(page.locator("figure img")).to_have_count(1)
+    again = Settings.read(save(page, 0, tmp_path))
+    assert again == settings.model_copy(update={"batch": [seed + 1]})
+
+
+def test_what_is_wrong_is_said_in_one_line(page: Any, files: list[Path]) -> None:
+    before = page.locator("#tiles li").count()
+    page.set_input_files("#files", files[2])
+    expect(page.locator("#notice")).to_contain_text("broken.png: broken image data")
+    page.set_input_files("#open", files[0])
+    expect(page.locator("#notice")).to_contain_text("a.png: no settings in it")
+    assert page.locator("#tiles li").count() == before
+    page.fill("#prompt", "very long " * 200)
+    page.click("#go")
+    expect(page.locator("#notice")).to_contain_text("over the text encoder's limit")
+    expect(page.locator("#go")).to_be_enabled()
+    page.fill("#prompt", "star")
+
+
+def test_a_lost_reference_is_asked_for_and_takes_its_place(page: Any, files: list[Path], tmp_path: Path) -> None:
+    """Another server, that has never seen the references: the picture says which are missing."""
+    from PIL.PngImagePlugin import PngInfo
+
+    lost = Image.effect_noise((32, 32), 60).convert("RGB")
+    lost.save(tmp_path / "lost.png")
+    text = Settings(
+        prompt="star", seed=1, batch=[1], width=8, height=8, model="m", model_sha256="", backend="torch", made_with="",
+        references=[
+            {"name": "lost.png", "sha256": sha256_file(tmp_path / "lost.png"), "weight": 0.5},
+            {"name": "a.png", "sha256": sha256_file(files[0]), "weight": 3},
+        ],
+    ).model_dump_json()  # fmt: skip
+    chunks = PngInfo()
+    chunks.add_itxt("easyref", text)
+    Image.new("RGB", (8, 8)).save(tmp_path / "picture.png", pnginfo=chunks)
+    page.set_input_files("#files", files[0])
+    page.set_input_files("#open", tmp_path / "picture.png")
+    expect(page.locator("#notice")).to_have_text("To draw it again, add its references too: lost.png")
+    page.set_input_files("#files", tmp_path / "lost.png")
+    expect(page.locator("#tiles li")).to_have_count(2)
+    expect(page.locator("#notice")).to_be_hidden()
+    assert [page.locator("#tiles input").nth(i).input_value() for i in range(2)] == ["0.5", "3"]
+
+
+def test_cancel(page: Any) -> None:
+    count = page.locator("article").count()
+    slide(page, "#steps", "100")
+    page.fill("#num", "8")
+    page.click("#go")
+    expect(page.locator(".stage")).to_contain_text("Step")
+    page.click(".cancel")
+    expect(page.locator("article")).to_have_count(count)
+    expect(page.locator("#go")).to_be_enabled()
+    slide(page, "#steps", "1")
+    page.fill("#num", "1")
+    page.click("#go")
+    expect(page.locator("article figure")).to_have_count(count + 1)
