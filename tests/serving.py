@@ -25,7 +25,7 @@ def running(verb: str, log: Path, *words: str, **environment: str) -> Iterator[s
         assert address.startswith("http://"), log.read_text()
         yield address
         process.send_signal(signal.SIGINT)
-        end = time.monotonic() + 30
+        end = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < end:
             time.sleep(0.1)
         assert process.poll() is not None, "Ctrl-C did not end it"

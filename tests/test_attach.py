@@ -82,7 +82,8 @@ def make(base: StableDiffusionXLPipeline) -> Callable[[str], Any]:
             torch.manual_seed(0)  # diffusers draws its embedding from the global generator
             control = ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=(16,) * 4)
             g = torch.Generator().manual_seed(2)
-            for block in [*control.controlnet_down_blocks, control.controlnet_mid_block]:  # zero at first: no control
+            zero = [*control.controlnet_down_blocks, control.controlnet_mid_block, control.controlnet_cond_embedding.conv_out]
+            for block in zero:  # at first: no control
                 block.weight.data.copy_(torch.randn(block.weight.shape, generator=g) * 0.05)
             parts["controlnet"] = control.eval()
         if "Inpaint" in name:  # diffusers inpaints with 4 latent channels only; ours have 8

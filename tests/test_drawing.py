@@ -107,6 +107,10 @@ def test_pictures_that_tell_nothing_and_lost_references(
     Image.new("RGB", (8, 8)).save(torn, pnginfo=chunks)
     drawn.write_bytes(artist.draw(WISH, [Reference.read(references[0])], [0])[0])
     assert Settings.read(plain) is None
+    settings = Settings.read(drawn)
+    assert settings
+    with pytest.raises(ValueError, match="seed 3 is not one of at most 8 in batch"):
+        Settings.model_validate(settings.model_dump() | {"seed": 3})
     with pytest.raises(ImageError, match="not an image"):
         Settings.read(b"hello", "a.png")
     for words, message in (

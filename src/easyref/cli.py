@@ -242,7 +242,9 @@ def _draw(artist: Artist, wish: Wish, references: list[Reference], batches: list
 
 
 def _batches(seeds: list[int]) -> list[list[int]]:
-    return [seeds[start : start + 8] for start in range(0, len(seeds), 8)]
+    from easyref.drawing import MAX_BATCH
+
+    return [seeds[start : start + MAX_BATCH] for start in range(0, len(seeds), MAX_BATCH)]
 
 
 @app.command()
@@ -284,7 +286,7 @@ def generate(
         if not given & {"seed", "num"}:
             batches, seeds = [settings.batch], [settings.seed]
         paths = find(settings.references, paths, [origin.parent, Path()])
-    if not paths:
+    if not paths and not settings:
         raise ValueError("no reference; give at least one with --ref")
     if weights and len(weights) != len(paths):
         raise ValueError(f"{len(weights)} --weight for {len(paths)} --ref; give one for each")

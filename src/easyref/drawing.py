@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from easyref.images import open_image, png_text, to_png
 from easyref.records import sha256_bytes, sha256_file
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from easyref.runtime import Engines
 
 MAX_REQUESTS, MAX_REFERENCES, MAX_STEPS, MAX_SEED = 16, 32, 200, 2**63 - 1
+MAX_BATCH = 8  # images that are drawn together
 PNG_KEY = "easyref"
 
 
@@ -36,9 +37,9 @@ class Wish(BaseModel):
 
     prompt: str = ""
     negative_prompt: str = ""
-    steps: int = 30
-    guidance: float = 3.0
-    scale: float = 1.0
+    steps: int = Field(default=30, ge=1, le=1000)
+    guidance: float = Field(default=3.0, ge=1, le=50)
+    scale: float = Field(default=1.0, ge=0, le=10)
 
 
 class UsedReference(BaseModel):
@@ -63,6 +64,12 @@ class Settings(Wish):
     model_sha256: str
     backend: str
     made_with: str
+
+    @model_validator(mode="after")
+    def _drawn(self) -> Settings:
+        if self.seed not in self.batch or len(self.batch) > MAX_BATCH:
+            raise ValueError(f"seed {self.seed} is not one of at most {MAX_BATCH} in batch")
+        return self
 
     @classmethod
     def read(cls, source: Path | bytes, name: str = "") -> Settings | None:
@@ -176,13 +183,10 @@ class GenerateRequest(BaseModel):
 
     def wish(self) -> Wish:
         """With defaults, within limits. ValueError in one line."""
-        named = {name: value for name in Wish.model_fields if (value := getattr(self, name)) is not None}
-        wish = Wish(**named)
-        within("steps", wish.steps, 1, MAX_STEPS)
-        within("guidance", wish.guidance, 1.0, 50.0)
-        within("scale", wish.scale, 0.0, 10.0)
-        within("seed", self.seed or 0, 0, MAX_SEED)
-        return wish
+        for name, low, high in (("steps", 1, MAX_STEPS), ("guidance", 1, 50), ("scale", 0, 10), ("seed", 0, MAX_SEED)):
+            if (value := getattr(self, name)) is not None:
+                within(name, value, low, high)
+        return Wish(**{name: value for name in Wish.model_fields if (value := getattr(self, name)) is not None})
 
     def read(self, known: Callable[[str], tuple[str, bytes] | None] = lambda _: None) -> list[Reference]:
         """The references. `known`: name and bytes of an image file that is there already, by what stands in `references`."""

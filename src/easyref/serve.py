@@ -25,7 +25,7 @@ import webbrowser
 from base64 import b64decode
 from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,7 +43,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from easyref.drawing import MAX_SEED, Artist, GenerateRequest, GenerateResponse, Reference, Settings, Wish, within
+from easyref.drawing import MAX_BATCH, MAX_SEED, Artist, GenerateRequest, GenerateResponse, Reference, Settings, Wish, within
 from easyref.images import Limits, open_image
 from easyref.page import data_uri
 from easyref.records import sha256_bytes
@@ -52,7 +52,6 @@ PAGE = Path(__file__).parent / "ui"
 LINES = "application/x-ndjson"
 MAX_BYTES = Limits().max_bytes  # of a request
 KEPT_BYTES = 512 * 2**20  # of uploaded references
-MAX_IMAGES = 8  # of a request: one batch
 RANDOM_SEEDS = 10**6  # short enough to be told to someone
 THUMBNAIL = 320  # pixels
 HEARTBEAT = 1.0  # seconds between words to one who waits
@@ -98,6 +97,7 @@ class ModelInfo(BaseModel):
     sha256: str
     max_references: int
     max_images: int
+    max_bytes: int
     defaults: Wish
 
 
@@ -199,6 +199,8 @@ class Guard:
         if scope["type"] != "http":
             return None
         if refused := self._refuse(scope["path"], Headers(scope=scope)):
+            while (await receive()).get("more_body"):  # who is still sending would not read the answer
+                pass
             return await refused(scope, receive, send)
         seen = 0
 
@@ -302,7 +304,12 @@ def create_app(artist: Artist, max_waiting: int, token: str | None = None, page:
     @app.get("/model")
     async def model() -> ModelInfo:
         return ModelInfo(
-            name=artist.name, sha256=artist.sha256, max_references=artist.max_references, max_images=MAX_IMAGES, defaults=Wish()
+            name=artist.name,
+            sha256=artist.sha256,
+            max_references=artist.max_references,
+            max_images=MAX_BATCH,
+            max_bytes=MAX_BYTES,
+            defaults=Wish(),
         )
 
     @app.post("/references")
@@ -322,7 +329,7 @@ def create_app(artist: Artist, max_waiting: int, token: str | None = None, page:
     async def generate(asked: Drawing, request: Request) -> Any:
         queue.check_room()
         wish = asked.wish()
-        within("num", asked.num, 1, MAX_IMAGES)
+        within("num", asked.num, 1, MAX_BATCH)
         first = secrets.randbelow(RANDOM_SEEDS) if asked.seed is None else asked.seed
         within("seed", first + asked.num - 1, 0, MAX_SEED)
         here = {digest: kept[digest] for digest in asked.references if digest in kept}
@@ -380,4 +387,5 @@ def serve(artist: Artist, host: str, port: int, max_waiting: int, token: str | N
     if browser:
         webbrowser.open(address)
     config = uvicorn.Config(create_app(artist, max_waiting, token, page), log_level="warning", timeout_graceful_shutdown=2)
-    uvicorn.Server(config).run(sockets=[listening])
+    with suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[listening])

@@ -84,5 +84,5 @@ def restore(unet: UNet2DConditionModel, merged: Merged) -> None:
     """The weights as they were without our LoRA."""
     for name, original in merged.originals.items():
         module: Any = unet.get_submodule(name)
-        base = module.get_base_layer() if isinstance(module, LoraLayer) else module
+        base: Any = module.get_base_layer() if isinstance(module, LoraLayer) else module
         base.weight.data.copy_(original)

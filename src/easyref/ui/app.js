@@ -6,7 +6,7 @@ const copy = id => $(id).content.firstElementChild.cloneNode(true)
 const SETTINGS = ['prompt', 'negative_prompt', 'steps', 'guidance', 'scale']
 const references = []      // {kept, weight, element}, in the order they are drawn with
 let wanted = []            // references of a picture whose settings were taken, here or not
-let limits = { max_references: 32, max_images: 8 }
+let limits = {}            // of GET /model
 let running = null         // AbortController of the drawing
 
 async function ask(path, options) {
@@ -27,7 +27,10 @@ function say(text, bad = false) {
 
 // References
 
-const upload = async file => (await ask(`/references?name=${encodeURIComponent(file.name.slice(-255))}`, { method: 'POST', body: file })).json()
+async function upload(file) {
+  if (file.size > limits.max_bytes) throw new Error(`${file.name}: over ${limits.max_bytes / 2 ** 20} MiB; save it smaller.`)
+  return (await ask(`/references?name=${encodeURIComponent(file.name.slice(-255))}`, { method: 'POST', body: file })).json()
+}
 
 function addTile(kept, weight = 1) {
   if (references.some(one => one.kept.sha256 === kept.sha256)) return
