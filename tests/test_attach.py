@@ -1,6 +1,6 @@
 """`EasyRef.attach` on pipelines as a user has them: ControlNet, img2img, inpainting, a LoRA of the user's. And off again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,21 @@ def four(model: Any, **channels: int) -> Any:
 
 
 @pytest.fixture
+def attach(checkpoint: Path) -> Iterator[Callable[[Any], EasyRef]]:
+    """`EasyRef.attach`; a test that fails in between leaves the base models as they were, too."""
+    attached: list[EasyRef] = []
+
+    def attach(pipe: Any) -> EasyRef:
+        attached.append(EasyRef.attach(pipe, checkpoint))
+        return attached[-1]
+
+    yield attach
+    for easyref in attached:
+        if easyref.pipe.unet.encoder_hid_proj is not None:
+            easyref.detach()
+
+
+@pytest.fixture
 def make(base: StableDiffusionXLPipeline) -> Callable[[str], Any]:
     """A user's pipeline of that name over the same base models."""
 
@@ -82,9 +97,9 @@ def make(base: StableDiffusionXLPipeline) -> Callable[[str], Any]:
             torch.manual_seed(0)  # diffusers draws its embedding from the global generator
             control = ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=(16,) * 4)
             g = torch.Generator().manual_seed(2)
-            zero = [*control.controlnet_down_blocks, control.controlnet_mid_block, control.controlnet_cond_embedding.conv_out]
-            for block in zero:  # at first: no control
+            for block in [*control.controlnet_down_blocks, control.controlnet_mid_block]:  # at first: no control
                 block.weight.data.copy_(torch.randn(block.weight.shape, generator=g) * 0.05)
+            control.controlnet_cond_embedding.conv_out.weight.data.normal_(generator=g)
             parts["controlnet"] = control.eval()
         if "Inpaint" in name:  # diffusers inpaints with 4 latent channels only; ours have 8
             for part, channels in (("unet", {"in_channels": 4, "out_channels": 4}), ("vae", {"latent_channels": 4})):
@@ -108,10 +123,12 @@ def drawn(easyref: EasyRef, color: str, options: dict[str, Any], scale: float = 
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_references_work_in_every_pipeline_and_leave_no_trace(name: str, make: Callable[[str], Any], checkpoint: Path) -> None:
+def test_references_work_in_every_pipeline_and_leave_no_trace(
+    name: str, make: Callable[[str], Any], attach: Callable[[Any], EasyRef]
+) -> None:
     pipe, options = make(name), KINDS[name]
     before = plain(pipe, options)
-    easyref = EasyRef.attach(pipe, checkpoint)
+    easyref = attach(pipe)
     red = drawn(easyref, "red", options)
     assert np.abs(red - drawn(easyref, "blue", options)).max() > 3 and np.abs(red - before).max() > 3
     np.testing.assert_array_equal(drawn(easyref, "red", options), red)
@@ -122,7 +139,7 @@ def test_references_work_in_every_pipeline_and_leave_no_trace(name: str, make: C
     np.testing.assert_array_equal(plain(pipe, options), before)
 
 
-def test_a_lora_of_the_user_beside_references(make: Callable[[str], Any], checkpoint: Path, style: dict) -> None:
+def test_a_lora_of_the_user_beside_references(make: Callable[[str], Any], attach: Callable[[Any], EasyRef], style: dict) -> None:
     """Each changes the image, neither takes the other away, both leave no trace in either order."""
     pipe = make("StableDiffusionXLPipeline")
     before = plain(pipe, {})
@@ -130,10 +147,10 @@ def test_a_lora_of_the_user_beside_references(make: Callable[[str], Any], checkp
     styled = plain(pipe, {})
     assert np.abs(styled - before).max() > 3
     with pytest.raises(ValueError, match="already carries LoRA layers; install EasyRef first"):
-        EasyRef.attach(pipe, checkpoint)
+        attach(pipe)
     pipe.unload_lora_weights()
 
-    easyref = EasyRef.attach(pipe, checkpoint)
+    easyref = attach(pipe)
     red = drawn(easyref, "red", {})
     pipe.load_lora_weights(style, adapter_name="style")
     both = drawn(easyref, "red", {})
@@ -147,7 +164,7 @@ def test_a_lora_of_the_user_beside_references(make: Callable[[str], Any], checkp
     pipe.unload_lora_weights()
     np.testing.assert_array_equal(plain(pipe, {}), before)
 
-    easyref = EasyRef.attach(pipe, checkpoint)
+    easyref = attach(pipe)
     pipe.load_lora_weights(style, adapter_name="style")
     pipe.unload_lora_weights()
     np.testing.assert_array_equal(drawn(easyref, "red", {}), red)
