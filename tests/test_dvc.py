@@ -20,6 +20,7 @@ from easyref.training.curves import write_curves
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "easyref"
 STAGES, PLOTS = yaml.safe_load((ROOT / "dvc.yaml").read_text()).values()
+JUDGED = ["evaluate", "mrbench"]
 TRAINED = ["base", "pretrain", "finetune_single", "finetune_multi"]
 IMPORT = r"from easyref\.?([\w.]*) import (.+)"
 
@@ -53,18 +54,19 @@ def reproduced(project: Path) -> list[str]:
     ("key", "value", "expected"),
     [
         ("ingest.palette", 32, [*STAGES]),
-        ("embed.batch", 7, ["embed", "group", "split", "report", *TRAINED, "evaluate"]),
-        ("group.min_styles", 2, ["group", "split", "report", *TRAINED, "evaluate"]),
-        ("split.held_out_groups", 7, ["split", "report", *TRAINED, "evaluate"]),
+        ("embed.batch", 7, ["embed", "group", "split", "report", *TRAINED, *JUDGED]),
+        ("group.min_styles", 2, ["group", "split", "report", *TRAINED, *JUDGED]),
+        ("split.held_out_groups", 7, ["split", "report", *TRAINED, *JUDGED]),
         ("report.groups", 3, ["report"]),
-        ("base.vae.kl_weight", 0.5, [*TRAINED, "evaluate"]),
-        ("reference.instruction", "Draw: ", [*TRAINED, "evaluate"]),
-        ("reference.num_tokens", 8, [*TRAINED[1:], "evaluate"]),
-        ("pretrain.learning_rate", 0.5, [*TRAINED[1:], "evaluate"]),
-        ("finetune_single.images", 64, [*TRAINED[2:], "evaluate"]),
-        ("finetune_multi.truncate", 0.5, ["finetune_multi", "evaluate"]),
-        ("evaluate.steps", 2, ["evaluate"]),
-        ("seed", 7, ["group", "split", "report", *TRAINED, "evaluate"]),
+        ("base.vae.kl_weight", 0.5, [*TRAINED, *JUDGED]),
+        ("reference.instruction", "Draw: ", [*TRAINED, *JUDGED]),
+        ("reference.num_tokens", 8, [*TRAINED[1:], *JUDGED]),
+        ("pretrain.learning_rate", 0.5, [*TRAINED[1:], *JUDGED]),
+        ("finetune_single.images", 64, [*TRAINED[2:], *JUDGED]),
+        ("finetune_multi.truncate", 0.5, ["finetune_multi", *JUDGED]),
+        ("evaluate.steps", 2, JUDGED),
+        ("mrbench.lora.steps", 2, ["mrbench"]),
+        ("seed", 7, ["group", "split", "report", *TRAINED, *JUDGED]),
         ("threads", 1, []),
         ("preset", "mine", []),
     ],

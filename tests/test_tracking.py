@@ -97,11 +97,10 @@ def test_an_evaluation_has_its_figures_and_pictures(project: Path) -> None:
         run.begin()
         write_json(project / "metrics" / "evaluate.json", {"held_out": {"fidelity": {"right": 0.25, "note": "text"}}})
         Image.new("RGB", (8, 8)).save(project / "reports" / "grid.png")
-        (project / "reports" / "evaluation.html").write_text("report")
     client = tracking.connect(project)
     found = client.get_run(run.run_id).data
     assert {k: v for k, v in found.metrics.items() if not k.startswith("system/")} == {"held_out.fidelity.right": 0.25}
-    assert sorted(file.path for file in client.list_artifacts(run.run_id)) == ["evaluation.html", "grid.png"]
+    assert sorted(file.path for file in client.list_artifacts(run.run_id)) == ["grid.png"]
 
 
 def test_a_stage_that_fails_is_a_failed_run(project: Path) -> None:

@@ -126,6 +126,36 @@ def bench_infer(
         print(f"{name} {found[name]:.3f}")
 
 
+ImageFolder = Annotated[Path | None, typer.Argument(help="Its images (easyref/evaluation/protocols.py); none: held-out ones.")]
+Samples = Annotated[int, typer.Option(min=1, help="The first so many of a seeded order.")]
+
+
+def _protocol(name: Literal["single", "dreambench"], folder: Path | None, samples: int, params: Path, out: Path) -> None:
+    from easyref.config import load_params
+    from easyref.evaluation.stage import protocol_bench
+
+    result = protocol_bench(load_params(params), name, folder, samples, DATA, MODELS, out, WORK)[name]
+    for metric, entry in result.items():
+        if entry and "easyref" in entry:
+            print(metric + "".join(f", {key} {entry[key]:.3f}" for key in ("easyref", "text_only", "shuffled", "ceiling")))
+
+
+@bench.command("single")
+def bench_single(
+    folder: ImageFolder = None, samples: Samples = 96, params: ParamsFile = PARAMS, out: Path = Path("benchmarks/single.json")
+) -> None:
+    """One reference and its caption (NAME.txt beside NAME.png): what is drawn against the reference itself."""
+    _protocol("single", folder, samples, params, out)
+
+
+@bench.command("dreambench")
+def bench_dreambench(
+    folder: ImageFolder, samples: Samples = 750, params: ParamsFile = PARAMS, out: Path = Path("benchmarks/dreambench.json")
+) -> None:
+    """FOLDER/SUBJECT/*.png in the prompts of FOLDER/prompts.txt (`a {} on the beach`), one reference a subject."""
+    _protocol("dreambench", folder, samples, params, out)
+
+
 @app.command()
 def upstream(out: Annotated[Path, typer.Argument(help="Folder for data.json and images; replaced if it is there.")]) -> None:
     """The training groups as the JSON and images that the published training code reads."""
@@ -145,9 +175,9 @@ def base(params: ParamsFile = PARAMS) -> None:
 
 def _stage(name: str, params: Path) -> None:
     from easyref.config import load_params
-    from easyref.training.stages import run_stage
+    from easyref.training.stages import STAGES, run_stage
 
-    run_stage(load_params(params), name, DATA, MODELS, MODELS / name, METRICS / name, WORK)
+    run_stage(load_params(params), name, DATA, MODELS, MODELS / name, METRICS / name, WORK, STAGES[name].starts_from)
 
 
 @app.command()
@@ -170,11 +200,36 @@ def finetune_multi(params: ParamsFile = PARAMS) -> None:
 
 @app.command()
 def evaluate(params: ParamsFile = PARAMS) -> None:
-    """Right, shuffled and no references on held-out and held-in groups → metrics, report and the picture that proves it."""
+    """Right, shuffled and no references on held-out and held-in groups → metrics and the picture that proves it."""
     from easyref.config import load_params
     from easyref.evaluation.stage import evaluate_stage
 
     evaluate_stage(load_params(params), DATA, MODELS, Path(), WORK / "evaluate")
+
+
+@app.command()
+def mrbench(params: ParamsFile = PARAMS) -> None:
+    """The same samples by every baseline (average, concatenation, LoRA, copy …) → metrics and reports/evaluation.html."""
+    from easyref.config import load_params
+    from easyref.evaluation.stage import mrbench_stage
+    from easyref.training.group_lora import group_lora
+
+    mrbench_stage(load_params(params), DATA, MODELS, Path(), WORK / "evaluate", group_lora)
+
+
+@app.command()
+def ablate(
+    name: Annotated[str, typer.Argument(help="tokens, layer, attention, stages or drops.")],
+    share: Annotated[float, typer.Option(help="Of the training lengths in the parameters.")] = 0.05,
+    samples: Annotated[int, typer.Option(min=1, help="Held-out samples a variant.")] = 48,
+    params: ParamsFile = PARAMS,
+) -> None:
+    """Train the stages again with one thing changed, and compare the variants → metrics/ablate, reports/ablate."""
+    from easyref.ablate import ablate as run
+    from easyref.ablate import table
+    from easyref.config import load_params
+
+    print(table(run(load_params(params), name, share, samples, DATA, MODELS, Path(), WORK)))
 
 
 @app.command()

@@ -1,6 +1,6 @@
 """Typed, complete parameters: one section per stage. The only reader of params.yaml and presets/*.yaml.
 
-No field but `restart` has a default: a file is complete or it is an error that names the key, the value and the fix.
+No field but `restart` and `reference.layer` has a default: a file is complete, or an error names the key, the value and the fix.
 Work is counted in images, never in steps, so batch size and the number of processes change nothing else.
 """
 
@@ -239,6 +239,7 @@ class Reference(Section):
     prefix_final_norm: bool
     final_layer_attention: Literal["bidirectional", "causal"]
     positions: Literal["mrope", "sequential"]
+    layer: Literal[-1, -2, -3] = -1  # of the LLM, that the reference tokens join; other ones are an ablation
     # V_ref starts as a copy of the UNet's to_v (paper), or at zero: tokens of a fresh encoder are noise to the UNet, and a fast
     # learning rate silences noise sooner than it learns to read it
     value_init: Literal["text", "zero"]
@@ -292,6 +293,28 @@ class Evaluate(Section):
     bootstrap: PositiveInt
 
 
+class GroupLora(Section):
+    """The baseline that tunes a LoRA of the base UNet on the references of a sample (training/group_lora.py)."""
+
+    rank: PositiveInt
+    steps: PositiveInt
+    batch: PositiveInt  # images a step
+    learning_rate: float = Rate
+
+
+class MRBench(Section):
+    """All baselines on the samples of `evaluate`, drawn with its settings."""
+
+    lora: GroupLora
+    seeds: int = Field(ge=2)  # of a sample, for variety
+    seed_samples: PositiveInt
+    counts: list[PositiveInt]  # of references, given to the same samples
+    count_samples: PositiveInt
+    clip: Model | None  # clip_i, clip_t
+    dino: Model | None  # dino_i
+    face: str | None  # face_i: an ArcFace ONNX file, for images of aligned faces
+
+
 class Release(Section):
     """What a model must reach to become champion: held-out fidelity with the right references."""
 
@@ -315,6 +338,7 @@ class Params(Section):
     finetune_single: Stage
     finetune_multi: Stage
     evaluate: Evaluate
+    mrbench: MRBench
     release: Release
 
     @model_validator(mode="after")

@@ -62,17 +62,24 @@ class EasyRef:
         `base` is the folder that holds base models trained here (default: beside the checkpoint); hub ids need none.
         `engines`: exported graphs that draw in place of torch (easyref/runtime.py).
         """
+        pipe = cls.base_pipeline(folder, base, dtype, engines.device if engines else device)
+        easyref = cls.attach(pipe, folder, base, dtype)
+        if engines:
+            engines.install(easyref)
+        return easyref
+
+    @staticmethod
+    def base_pipeline(
+        folder: str | Path, base: str | Path | None = None, dtype: torch.dtype = torch.float32, device: str | None = None
+    ) -> Any:
+        """The SDXL pipeline that a checkpoint belongs to, without EasyRef; arguments as of `from_pretrained`."""
         from diffusers import StableDiffusionXLPipeline
 
         folder = Path(folder)
         config = weights.read_config(folder)
         place = _base_place(config.base_id, Path(base) if base else folder.parent)
         pipe = StableDiffusionXLPipeline.from_pretrained(place, revision=config.base_revision, torch_dtype=dtype, add_watermarker=False)
-        pipe.to(engines.device if engines else device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        easyref = cls.attach(pipe, folder, base, dtype)
-        if engines:
-            engines.install(easyref)
-        return easyref
+        return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     @classmethod
     def attach(cls, pipe: Any, folder: str | Path, base: str | Path | None = None, dtype: torch.dtype = torch.float32) -> EasyRef:
@@ -164,12 +171,25 @@ class EasyRef:
         cross-attentions, or by block (`attention.set_scale`); a block that is not named gets none, as in diffusers. `window`: the share
         of the steps in which references count, as ControlNet's control_guidance_start and _end. `pipe_options` go to the pipeline.
         """
+        self._set_scale(scale)  # first: values that a graph makes have it in them
+        positive = self.encode([r.references for r in requests], [r.prompt for r in requests], [r.weights for r in requests])
+        return self.draw(requests, positive, steps, guidance, scale, height, width, window, **pipe_options)
+
+    @torch.no_grad()
+    def draw(
+        self, requests: Sequence[Request], positive: torch.Tensor, steps: int, guidance: float, scale: float | Scales,
+        height: int | None = None, width: int | None = None, window: tuple[float, float] = (0.0, 1.0), **pipe_options: Any,
+    ) -> list[Image.Image]:  # fmt: skip
+        """`__call__` with the keys and values [B, 1, T, W] that stand for the references, of any number T of tokens."""
         for request in requests:
             self.check_prompt(request.prompt)
-        self.adapter.set_scale(0.0)
-        self.adapter.set_scale(scale)
-        positive = self.encode([r.references for r in requests], [r.prompt for r in requests], [r.weights for r in requests])
-        payload = torch.cat([self._unconditional(requests), positive]) if guidance > 1 else positive
+        self._set_scale(scale)
+        payload = positive
+        if guidance > 1:
+            null = self._unconditional(requests)
+            # a token attended to several times counts as often in the softmax: all of them equally often changes nothing
+            repeats = positive.shape[2] // null.shape[2]
+            payload = torch.cat([null.repeat(1, 1, repeats, 1), positive])
         default = self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
         with self._embeds_per_request(payload), self._only_in(window):
             return self.pipe(
@@ -192,6 +212,10 @@ class EasyRef:
             yield
         finally:
             self.pipe.prepare_ip_adapter_image_embeds = original
+
+    def _set_scale(self, scale: float | Scales) -> None:
+        self.adapter.set_scale(0.0)
+        self.adapter.set_scale(scale)
 
     @contextmanager
     def _only_in(self, window: tuple[float, float]) -> Iterator[None]:

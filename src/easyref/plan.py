@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +25,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from easyref.config import Align, Captioning, Optimisation, Params, TextToImage
 from easyref.evaluation.generations import CONDITIONS
+from easyref.evaluation.mrbench import COMPARISON
 from easyref.meter import matmul_rate, measure
 from easyref.model import shapes
 from easyref.model.attention import kv_layout, packed_width
@@ -76,7 +77,10 @@ def plan(params: Params, folder: Path) -> tuple[dict[str, int], dict[str, list[R
     stages |= {name: [stage_row(params, name, models)] for name in STAGES}
     if params.align:
         stages["pretrain"].insert(0, align_row(params, params.align, models(None, "fp32")))
-    return sizes, stages | {"evaluate": [evaluate_row(params, models(None, "fp32"))], "report": []}
+    drawn = evaluate_row(params, models(None, "fp32"))
+    more = len(COMPARISON.methods) - len(CONDITIONS) - 1  # `mrbench` finds those of `evaluate`, and a copy is not drawn
+    baselines = replace(drawn, name="mrbench, without tuning", images=drawn.images // len(CONDITIONS) * more)
+    return sizes, stages | {"evaluate": [drawn], "mrbench": [baselines], "report": []}
 
 
 # -- models on the meta device -----------------------------------------------------------------------------------------

@@ -57,7 +57,8 @@ WATCHED = {
     "pretrain": trained("pretrain", **{"align.": ".work/align.jsonl"}),
     "finetune_single": trained("finetune_single"),
     "finetune_multi": trained("finetune_multi"),
-    "evaluate": Watched({}, ("reports/grid.png", "reports/evaluation.html"), "metrics/evaluate.json"),
+    "evaluate": Watched({}, ("reports/grid.png",), "metrics/evaluate.json"),
+    "mrbench": Watched({}, ("reports/evaluation.html",), "metrics/mrbench.json"),
 }
 
 

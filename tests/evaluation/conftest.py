@@ -64,3 +64,12 @@ def samples_of(images: pl.DataFrame) -> pl.DataFrame:
                         )
                     )
     return pl.DataFrame(rows)
+
+
+def groups_of(images: pl.DataFrame) -> pl.DataFrame:
+    """The things of each style, as groups of the kind style."""
+    rows = [
+        {"group_id": f"{split}/style/{style}", "kind": "style", "split": split, "members": sorted(group["sha256"])}
+        for (split, style), group in images.filter(pl.col("tone") == "").group_by("split", "style")
+    ]
+    return pl.DataFrame(sorted(rows, key=lambda row: row["group_id"]))

@@ -17,10 +17,10 @@ import pytest
 from PIL import Image
 
 from easyref.config import Evaluate
-from easyref.evaluation.evaluate import METRICS, Judge, RealImages, evaluate
-from easyref.evaluation.generations import CONDITIONS, MUST_DIFFER, image_path, make_images, select_cases
+from easyref.evaluation.evaluate import EVALUATE, SPLITS, Evaluated, evaluate
+from easyref.evaluation.generations import CONDITIONS, MUST_DIFFER, Case, Images, Painter, make_images, select_cases
+from easyref.evaluation.judges import METRICS, Judge, RealImages
 from easyref.evaluation.probes import fit_dual, load_evaluators
-from easyref.records import read_json
 
 from .conftest import Emoji
 
@@ -59,6 +59,18 @@ class Answers:
         return self.emoji.pixels[target if len(known) else others]
 
 
+def judged(emoji: Emoji, answers: Answers, out: Path, weights: str = "w", **change: Any) -> Evaluated:
+    """`evaluate` of the stage, drawn by `answers`."""
+    arguments: dict[str, Any] = {"samples": emoji.samples, "images": emoji.images, "params": PARAMS, "seed": 0, "out": out, **change}
+    return evaluate(EVALUATE, load=emoji.load, painters={"together": Painter(answers, weights)}, **arguments)
+
+
+def made(
+    cases: list[Case], emoji: Emoji, answers: Answers, out: Path, made_with: Any = "w", batch: int = 4
+) -> tuple[Images, list[str]]:
+    return make_images(cases, CONDITIONS, emoji.load, {"together": Painter(answers, made_with)}, out, batch)
+
+
 @dataclass
 class Run:
     result: dict[str, Any]
@@ -70,15 +82,8 @@ class Run:
 def done(emoji: Emoji, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     out, answers = tmp_path_factory.mktemp("evaluate"), Answers(emoji)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("easyref.evaluation.evaluate.fit_dual", partial(fit_dual, steps=40))
-        result = evaluate(emoji.samples, emoji.images, emoji.load, answers, PARAMS, seed=0, weights="w", out=out)
-        yield Run(result, answers, out)
-
-
-def again(run: Run, emoji: Emoji, **change: Any) -> tuple[dict[str, Any], Answers]:
-    answers = Answers(emoji)
-    arguments = {"params": PARAMS, "seed": 0, "weights": "w", "out": run.out, **change}
-    return evaluate(emoji.samples, emoji.images, emoji.load, answers, **arguments), answers
+        patch.setattr("easyref.evaluation.judges.fit_dual", partial(fit_dual, steps=40))
+        yield Run(judged(emoji, answers, out).result, answers, out)
 
 
 def test_the_right_references_win_and_cover_the_whole_distance(done: Run) -> None:
@@ -101,7 +106,7 @@ def test_numbers_agree_with_the_table_of_scores(done: Run) -> None:
         own = scores.filter((pl.col("split") == "held_out") & (pl.col("kind") == kind))
         for name in METRICS:
             entry = done.result["held_out"]["by_kind"][kind][name]
-            for condition in (*CONDITIONS, "ceiling"):
+            for condition in (*(method.name for method in CONDITIONS), "ceiling"):
                 mean = own.filter(pl.col("condition") == condition)[name].mean()
                 assert (entry is None and mean is None) or entry[condition] == pytest.approx(mean)
     assert done.result["held_out"]["by_kind"]["person"]["tone"]["samples"] == 10
@@ -112,7 +117,7 @@ def test_result_form(done: Run) -> None:
     entry = done.result["held_out"]["fidelity"]
     assert set(entry) == {
         *("right", "shuffled", "none", "ceiling", "covered", "samples", "groups"),
-        *("right_minus_shuffled", "right_minus_none"),
+        *("right_minus_shuffled", "right_minus_none", "intervals"),
     }
     assert set(entry["right_minus_none"]) == {"mean", "low", "high"}
     assert entry["right_minus_none"]["mean"] == pytest.approx(entry["right"] - entry["none"])
@@ -132,26 +137,26 @@ def test_the_three_conditions_are_paired(done: Run) -> None:
 
 
 def test_a_second_run_generates_nothing_and_says_the_same(done: Run, emoji: Emoji) -> None:
-    result, answers = again(done, emoji)
+    answers = Answers(emoji)
+    assert judged(emoji, answers, done.out).result == done.result
     assert answers.asked == []
-    assert result == done.result
 
 
 def test_other_weights_or_settings_are_generated_again(done: Run, emoji: Emoji, tmp_path: Path) -> None:
     cases, _ = select_cases(emoji.samples, emoji.images, {"held_out": 3}, 0)
-    for made_with, expected in ((["w", 2], 9), (["w", 2], 0), (["v", 2], 9), (["v", 3], 9)):
+    for made_with, expected in ((["w", 2], 9), (["w", 2], 0), (["v", 2], 9), (["v", 3], 9), (["w", 2], 0)):
         answers = Answers(emoji)
-        make_images(cases, emoji.load, answers, tmp_path, made_with, batch=4)
+        made(cases, emoji, answers, tmp_path, made_with)
         assert len(answers.asked) == expected, made_with
 
 
 def test_an_image_cut_off_on_disk_is_made_again(emoji: Emoji, tmp_path: Path) -> None:
     cases, _ = select_cases(emoji.samples, emoji.images, {"held_out": 3}, 0)
-    make_images(cases, emoji.load, Answers(emoji), tmp_path, "w", batch=4)
-    path, answers = image_path(tmp_path, cases[1], "shuffled"), Answers(emoji)
+    images, _ = made(cases, emoji, Answers(emoji), tmp_path)
+    path, answers = images[cases[1], "shuffled"], Answers(emoji)
     whole = path.read_bytes()
     path.write_bytes(whole[:200])
-    make_images(cases, emoji.load, answers, tmp_path, "w", batch=4)
+    made(cases, emoji, answers, tmp_path)
     assert len(answers.asked) == 1 and path.read_bytes() == whole
 
 
@@ -159,14 +164,13 @@ def test_a_broken_sample_is_one_line_and_the_rest_is_kept(emoji: Emoji, tmp_path
     cases, _ = select_cases(emoji.samples, emoji.images, {"held_out": 8}, 0)
     bad = cases[3]
     prompts = [case.prompt for case in cases]
-    finished, problems = make_images(cases, emoji.load, Answers(emoji, bad.prompt), tmp_path, "w", batch=5)
+    images, problems = made(cases, emoji, Answers(emoji, bad.prompt), tmp_path, batch=5)
     lost = prompts.count(bad.prompt)
-    assert len(finished) == 8 - lost and len(problems) == lost
+    assert len(images) == 3 * (8 - lost) and len(problems) == lost
     line = next(p for p in problems if bad.sample_id in p)
     assert line == f"sample {bad.sample_id} (right): RuntimeError: no luck with this one"
     assert line in capsys.readouterr().err
-    keys = read_json(tmp_path / "keys.json")
-    assert len(keys) == 3 * len(finished) and all((tmp_path / name).exists() for name in keys)
+    assert set(tmp_path.rglob("*.png")) == set(images.values())
 
 
 def test_a_reference_that_cannot_be_loaded_costs_only_its_sample(emoji: Emoji, tmp_path: Path) -> None:
@@ -178,9 +182,9 @@ def test_a_reference_that_cannot_be_loaded_costs_only_its_sample(emoji: Emoji, t
             raise OSError("truncated")
         return emoji.load(sha)
 
-    finished, problems = make_images(cases, load, Answers(emoji), tmp_path, "w", batch=18)
+    images, problems = make_images(cases, CONDITIONS, load, {"together": Painter(Answers(emoji), "w")}, tmp_path, batch=18)
     hit = [c for c in cases if bad in c.right or bad in c.shuffled]
-    assert finished == [c for c in cases if c not in hit] and len(problems) == len(hit) >= 1
+    assert {case for case, _ in images} == {c for c in cases if c not in hit} and len(problems) == len(hit) >= 1
 
 
 def test_nothing_that_works_is_an_error_with_the_first_reason(emoji: Emoji, tmp_path: Path) -> None:
@@ -188,12 +192,12 @@ def test_nothing_that_works_is_an_error_with_the_first_reason(emoji: Emoji, tmp_
         return []
 
     with pytest.raises(ValueError, match=r"first reason: sample .*generate returned 0 image"):
-        evaluate(emoji.samples, emoji.images, emoji.load, never, PARAMS, seed=0, weights="w", out=tmp_path)
+        judged(emoji, never, tmp_path)  # type: ignore[arg-type]
 
 
 def test_a_split_without_samples_has_the_same_form(done: Run, emoji: Emoji) -> None:
     held_out = emoji.samples.filter(pl.col("split") == "held_out")
-    result = evaluate(held_out, emoji.images, emoji.load, Answers(emoji), PARAMS, seed=0, weights="w", out=done.out)
+    result = judged(emoji, Answers(emoji), done.out, samples=held_out).result
     assert result["held_out"] == done.result["held_out"]
     assert result["held_in"] == {**dict.fromkeys(METRICS), "by_kind": {}}
     assert result["copying"]["held_in"] is None and result["samples"]["held_in"] == {"samples": 0, "groups": 0}
@@ -201,20 +205,17 @@ def test_a_split_without_samples_has_the_same_form(done: Run, emoji: Emoji) -> N
 
 def test_missing_columns_and_unusable_samples_are_named(emoji: Emoji, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"column.* split missing"):
-        evaluate(
-            emoji.samples,
-            emoji.images.drop("split"),
-            emoji.load,
-            Answers(emoji),
-            PARAMS,
-            seed=0,
-            weights="",
-            out=tmp_path,
-        )
+        judged(emoji, Answers(emoji), tmp_path, images=emoji.images.drop("split"))
     for kept in (["train"], ["held_out", "held_in"]):
         images = emoji.images.filter(pl.col("split").is_in(kept))
         with pytest.raises(ValueError, match="run split again"):
-            evaluate(emoji.samples, images, emoji.load, Answers(emoji), PARAMS, seed=0, weights="", out=tmp_path)
+            judged(emoji, Answers(emoji), tmp_path, images=images)
+    for column, value, expected in (("prompt", " ", "no prompt"), ("references", [], "its group is empty")):
+        broken = pl.when(pl.int_range(pl.len()) == 0).then(pl.lit(value)).otherwise(column).alias(column)
+        cases, problems = select_cases(emoji.samples.with_columns(broken), emoji.images, LIMITS, 0)
+        first = emoji.samples["sample_id"][0]
+        assert problems == [f"sample {first}: {expected}{', no references' * (column == 'references')}; run split again"]
+        assert cases and first not in [c.sample_id for c in cases]
     lost = emoji.samples["target"][0]
     cases, problems = select_cases(emoji.samples, emoji.images.filter(pl.col("sha256") != lost), LIMITS, 0)
     assert len(problems) >= 1 and "run split again" in problems[0]
@@ -241,7 +242,8 @@ def test_shuffled_references_are_as_many_and_show_something_else(emoji: Emoji) -
 def test_shuffled_references_come_from_a_group_that_shares_something_else() -> None:
     """Two groups of style A and one of style B: a style-A sample takes from B only, and no more than it needs."""
     shas = ["a1", "a2", "a3", "a4", "a5", "a6", "b1", "b2", "b3", "b4", "c1", "c2", "c3"]
-    images = pl.DataFrame({"sha256": shas, "style": [sha[0] for sha in shas]})
+    labels = {name: "" for name in ("subject", "gender", "tone")}
+    images = pl.DataFrame([{**labels, "sha256": sha, "style": sha[0]} for sha in shas])
 
     def sample(group: str, target: str, references: list[str]) -> dict[str, Any]:
         about = {"sample_id": group, "group_id": group, "kind": "style", "split": "held_out", "prompt": "x"}
@@ -271,7 +273,7 @@ def test_copying_separates_a_generator_that_pastes_from_one_that_does_not(done: 
     (out).mkdir()
     for name in ("features.safetensors", "evaluators.safetensors"):
         (out / name).symlink_to(done.out / name)
-    result = evaluate(emoji.samples, emoji.images, emoji.load, Answers(emoji, paste=True), PARAMS, seed=0, weights="w", out=out)
+    result = judged(emoji, Answers(emoji, paste=True), out).result
     assert result["copying"]["held_out"]["right"]["copied_reference"] == 1.0
     assert result["copying"]["held_out"]["right"]["nearer_to_reference"] == 1.0
     honest = done.result["copying"]["held_out"]
@@ -289,7 +291,7 @@ def test_evaluators_see_the_training_split_only(done: Run, emoji: Emoji, tmp_pat
         pl.when(train).then("caption").otherwise(pl.lit("nonsense")).alias("caption"),
     )
     real = RealImages(scrambled, emoji.load, done.out / "features.safetensors")
-    Judge(real, 0, tmp_path / "evaluators.safetensors")
+    Judge(real, SPLITS, 0, tmp_path / "evaluators.safetensors")
     found, expected = (load_evaluators(folder / "evaluators.safetensors")[0] for folder in (tmp_path, done.out))
     for name, evaluator in expected.items():
         for key, value in evaluator.tensors().items():

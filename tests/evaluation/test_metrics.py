@@ -121,3 +121,45 @@ def test_copying_catches_a_pasted_reference_and_a_pasted_training_image() -> Non
     assert 0.25 <= found["nearer_to_reference"] <= 0.75
     honest = metrics.copying(targets, references, targets, [training], threshold=0.01)
     assert honest["copied_reference"] == honest["nearer_to_reference"] == honest["copied_training"] == 0
+
+
+@pytest.mark.parametrize(("count", "width"), [(200, 12), (15, 40)])
+def test_fid_is_the_frechet_distance_of_scipy(count: int, width: int) -> None:
+    """With the root of the matrix product by scipy, for sets larger than the features are wide, and smaller."""
+    from scipy.linalg import sqrtm
+
+    rng = np.random.default_rng(7)
+    mix = rng.normal(size=(width, width))
+    a, b = rng.normal(size=(count, width)), rng.normal(1, 2, size=(count + 9, width)) @ mix
+    covariance_a, covariance_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = sqrtm(covariance_a @ covariance_b)
+    theirs = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(covariance_a + covariance_b - 2 * root.real)
+    assert metrics.fid(a, b) == pytest.approx(theirs, rel=1e-6)
+    assert metrics.fid(a, a) == pytest.approx(0, abs=1e-6 * width)
+
+
+def test_kid_is_the_unbiased_discrepancy_of_scikit_learns_kernel() -> None:
+    from sklearn.metrics.pairwise import polynomial_kernel
+
+    rng = np.random.default_rng(8)
+    a, b = rng.normal(size=(30, 6)), rng.normal(0.3, 1, size=(41, 6))
+    kernel = [polynomial_kernel(x, y, degree=3, gamma=1 / 6, coef0=1) for x, y in ((a, a), (b, b), (a, b))]
+    pairs = [[k[i, j] for i in range(len(k)) for j in range(len(k)) if i != j] for k in kernel[:2]]
+    assert metrics.kid(a, b) == pytest.approx(np.mean(pairs[0]) + np.mean(pairs[1]) - 2 * kernel[2].mean())
+    same = [metrics.kid(*rng.normal(size=(2, 40, 6))) for _ in range(300)]
+    assert abs(np.mean(same)) < 4 * np.std(same) / 300**0.5, "unbiased: zero on average for equal distributions"
+
+
+def test_diversity_is_one_minus_the_mean_cosine_of_pairs() -> None:
+    rng = np.random.default_rng(9)
+    features, mean = rng.normal(size=(4, 7)), rng.normal(size=7)
+    cosines = [metrics.fidelity(features[i : i + 1], features[j : j + 1], mean)[0] for i in range(4) for j in range(i)]
+    found = metrics.diversity([features, np.tile(features[:1], (3, 1))], mean)
+    assert found == pytest.approx([1 - np.mean(cosines), 0])
+
+
+def test_bootstrap_columns_are_the_bootstrap_of_each() -> None:
+    values, groups = np.random.default_rng(10).normal(size=(40, 3)), np.arange(40) // 4
+    found = metrics.bootstrap_means(values, groups, seed=5)
+    for interval, column in zip(found, values.T, strict=True):
+        assert interval == pytest.approx(metrics.bootstrap_mean(column, groups, seed=5))

@@ -138,3 +138,21 @@ def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
     save_file({"x": np.ones(2)}, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="not a file of evaluators"):
         load_evaluators(tmp_path / "x.safetensors")
+
+
+def test_auc_and_recall_are_those_of_scikit_learn() -> None:
+    from sklearn.metrics import roc_auc_score, top_k_accuracy_score
+
+    rng = np.random.default_rng(11)
+    features, label, style = rng.normal(size=(60, 8)), rng.integers(0, 6, 60), rng.integers(0, 3, 60)
+    features += 0.7 * rng.normal(size=(6, 8))[label]
+    mean = features.mean(0)
+    centred = (features - mean) / np.linalg.norm(features - mean, axis=1, keepdims=True)
+    pairs = [(i, j) for i in range(60) for j in range(i) if style[i] != style[j]]
+    theirs = roc_auc_score([label[i] == label[j] for i, j in pairs], [centred[i] @ centred[j] for i, j in pairs])
+    assert roc_auc(features, label.astype(str), style.astype(str), mean) == pytest.approx(theirs)
+
+    images, texts = rng.normal(size=(60, 8)), rng.normal(size=(6, 8))
+    for top in (1, 3):
+        theirs = top_k_accuracy_score(label, images @ texts.T, k=top, labels=range(6))
+        assert retrieval(images, texts[label], label.astype(str), top) == pytest.approx(theirs)

@@ -1,42 +1,61 @@
-"""What evaluate asks the generator for, and what it keeps: three images a sample, paired by seed.
+"""What an evaluation asks for, and what it keeps: one image a sample and method, paired by seed and prompt.
 
-right      the sample's own references
-shuffled   as many references of another group of the same kind, one that shows something else
-none       no reference, only the prompt
-
-Each image is `<out>/<condition>/<sample_id>.png`; `<out>/keys.json` records what it was made from, so that a run that
-was cut off goes on and a changed seed, prompt, reference, weight or setting makes the image again.
+A `Method` says which references a sample is given (its own, as many of another group of the same kind that shows something else, or
+none) and how they are read; a `Painter` draws for one way of reading. Each image is a file named by its seed and the hashes of its
+prompt and of all it was made from: a run that was cut off goes on, evaluations share what they have in common, and a changed seed,
+prompt, reference, weight or setting makes an image anew.
 """
 
 from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
+from typing import Any, Literal
 
 import polars as pl
 from PIL import Image
 
+from easyref.data.captions import SHARED, caption
 from easyref.images import ImageError, open_image, to_png
 from easyref.progress import bar
-from easyref.records import SAMPLE_COLUMNS, read_json, sha256_json, write_bytes, write_json
+from easyref.records import SAMPLE_COLUMNS, sha256_json, write_bytes
 
-CONDITIONS = ("right", "shuffled", "none")
-#: By kind, what shuffled references must not have in common with the target.
+#: By kind, what shuffled references must not have in common with the target. Other kinds: only the group.
 MUST_DIFFER = {"subject": ("concept",), "person": ("style", "gender", "tone"), "style": ("style",)}
 
 Load = Callable[[str], Image.Image]
-Request = dict[str, Any]  # prompt: str, references: list of PIL images (may be empty), seed: int
+#: prompt: str, references: list of PIL images (may be empty), captions: a prompt for each of the sample's own, seed: int
+Request = dict[str, Any]
 Generate = Callable[[list[Request]], list[Image.Image]]
 
 
 @dataclass(frozen=True)
+class Method:
+    """One column of the tables."""
+
+    name: str
+    references: Literal["right", "shuffled", "none"] = "right"
+    reading: str = "together"  # which painter
+
+
+@dataclass(frozen=True)
+class Painter:
+    """`made_with` (JSON-able: weights, settings) is what its images depend on beside the request."""
+
+    draw: Generate
+    made_with: Any
+
+
+#: Of `easyref evaluate`.
+CONDITIONS = (Method("right"), Method("shuffled", "shuffled"), Method("none", "none"))
+
+
+@dataclass(frozen=True)
 class Case:
-    """One sample with everything its three images are made from; images are named by sha256."""
+    """One sample with everything its images are made from; images are named by sha256."""
 
     sample_id: str
     group_id: str
@@ -47,10 +66,13 @@ class Case:
     seed: int
     right: tuple[str, ...]
     shuffled: tuple[str, ...]
-    none: tuple[str, ...] = ()
+    captions: tuple[str, ...]  # of `right`, as the prompt is made
 
-    def references(self, condition: str) -> tuple[str, ...]:
-        return {"right": self.right, "shuffled": self.shuffled, "none": self.none}[condition]
+    def references(self, method: Method) -> tuple[str, ...]:
+        return {"right": self.right, "shuffled": self.shuffled, "none": ()}[method.references]
+
+
+Images = dict[tuple[Case, str], Path]  # by case and method
 
 
 def select_cases(samples: pl.DataFrame, images: pl.DataFrame, limits: dict[str, int], seed: int) -> tuple[list[Case], list[str]]:
@@ -59,17 +81,13 @@ def select_cases(samples: pl.DataFrame, images: pl.DataFrame, limits: dict[str, 
     missing = [c for c in SAMPLE_COLUMNS if c not in samples.columns]
     if missing:
         raise ValueError(f"samples table: column(s) {', '.join(missing)} missing; run the split stage again")
-    labels = {row["sha256"]: row for row in images.iter_rows(named=True)}
+    labels = {row["sha256"]: {"colors": "", **row} for row in images.iter_rows(named=True)}
     cases, problems = [], []
     for split, limit in limits.items():
         rows = samples.filter(pl.col("split") == split).sort("sample_id").to_dicts()
-        known = [row for row in rows if {row["target"], *row["references"]} <= labels.keys() and row["references"]]
-        known_ids = {row["sample_id"] for row in known}
-        problems += [
-            f"sample {row['sample_id']}: no references, or an image missing in the images table; run split again"
-            for row in rows
-            if row["sample_id"] not in known_ids
-        ]
+        whole = {row["sample_id"]: _missing(row, labels) for row in rows}
+        problems += [f"sample {name}: {what}; run split again" for name, what in whole.items() if what]
+        known = [row for row in rows if not whole[row["sample_id"]]]
         for row in _take_turns(known, seed)[:limit]:
             try:
                 cases.append(_case(row, known, labels, seed))
@@ -78,37 +96,38 @@ def select_cases(samples: pl.DataFrame, images: pl.DataFrame, limits: dict[str, 
     return cases, problems
 
 
-def make_images(
-    cases: Sequence[Case], load: Load, generate: Generate, out: Path, made_with: Any, batch: int
-) -> tuple[list[Case], list[str]]:
-    """Make what is missing. Returns the cases whose three images are there, and one line for each that failed.
+def _missing(row: dict[str, Any], labels: Mapping[str, Any]) -> str:
+    if not row["references"]:
+        return "its group is empty, no references"
+    if not (row["prompt"] or "").strip():
+        return "no prompt"
+    lost = [sha for sha in (row["target"], *row["references"]) if sha not in labels]
+    return f"image {lost[0][:12]} missing in the images table" if lost else ""
 
-    `made_with` (JSON-able: weights hash, sampler settings) is part of every image's key.
-    """
-    keys_file = out / "keys.json"
-    keys = read_json(keys_file) if keys_file.exists() else {}
-    wanted = {(case, condition): _key(case, condition, made_with) for case in cases for condition in CONDITIONS}
-    pending = [job for job, key in wanted.items() if keys.get(_name(*job)) != key or not _readable(out / _name(*job))]
+
+def make_images(
+    cases: Sequence[Case], methods: Sequence[Method], load: Load, painters: Mapping[str, Painter], out: Path, batch: int
+) -> tuple[Images, list[str]]:
+    """Make what is missing. Returns the images of the cases that have one of every method, and one line for each other case."""
+    wanted = {(case, m): out / _name(case, m, painters[m.reading].made_with) for m in methods for case in cases}
+    pending: dict[str, list[tuple[Case, Method]]] = {}
+    for job, path in wanted.items():
+        if not _readable(path):
+            pending.setdefault(job[1].reading, []).append(job)
     problems: dict[Case, str] = {}
-    with bar(len(wanted), "generate", initial=len(wanted) - len(pending)) as progress:
-        for start in range(0, len(pending), batch):
-            jobs = pending[start : start + batch]
-            made, broken = _run(jobs, load, generate)
-            for job, image in made.items():
-                write_bytes(out / _name(*job), to_png(image))
-                keys[_name(*job)] = wanted[job]
-            if made:
-                write_json(keys_file, keys)
-            for (case, condition), reason in broken.items():
-                problems.setdefault(case, f"sample {case.sample_id} ({condition}): {reason}")
-            progress.update(len(jobs))
+    with bar(len(wanted), "generate", initial=len(wanted) - sum(map(len, pending.values()))) as progress:
+        for reading, jobs in pending.items():
+            for start in range(0, len(jobs), batch):
+                part = jobs[start : start + batch]
+                made, broken = _run(part, load, painters[reading].draw)
+                for job, image in made.items():
+                    write_bytes(wanted[job], to_png(image))
+                for (case, method), reason in broken.items():
+                    problems.setdefault(case, f"sample {case.sample_id} ({method.name}): {reason}")
+                progress.update(len(part))
     for line in problems.values():
         print(line, file=sys.stderr)
-    return [case for case in cases if case not in problems], list(problems.values())
-
-
-def image_path(out: Path, case: Case, condition: str) -> Path:
-    return out / _name(case, condition)
+    return {(case, method.name): path for (case, method), path in wanted.items() if case not in problems}, list(problems.values())
 
 
 def _take_turns(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
@@ -130,23 +149,24 @@ def _case(row: dict[str, Any], rows: list[dict[str, Any]], labels: dict[str, dic
         seed=int(sha256_json([seed, row["sample_id"]])[:8], 16) // 2,
         right=tuple(row["references"]),
         shuffled=_shuffled(row, rows, labels, seed),
+        captions=tuple(caption(labels[sha], hide={*SHARED.get(row["kind"], ()), "colors"}) for sha in row["references"]),
     )
 
 
 def _shuffled(row: dict[str, Any], rows: list[dict[str, Any]], labels: dict[str, dict[str, Any]], seed: int) -> tuple[str, ...]:
     """As many references as the sample has, from the first other group in a seeded order that has enough of them; from
     several other groups where none has. Never the target, never one of the right references."""
-    if row["kind"] not in MUST_DIFFER:
-        raise ValueError(f"sample {row['sample_id']}: unknown kind {row['kind']!r}; known: {', '.join(MUST_DIFFER)}")
+    names = MUST_DIFFER.get(row["kind"], ())
 
-    def shared(other: dict[str, Any]) -> tuple[str, ...]:
-        return tuple(labels[other["target"]][name] for name in MUST_DIFFER[row["kind"]])
+    def alike(other: dict[str, Any]) -> bool:
+        own, theirs = ([labels[r["target"]][name] for name in names] for r in (row, other))
+        return any(own) and own == theirs
 
     taken = {row["target"], *row["references"]}
     donors = {
         other["group_id"]: tuple(sha for sha in other["references"] if sha not in taken)
         for other in rows
-        if other["kind"] == row["kind"] and other["group_id"] != row["group_id"] and shared(other) != shared(row)
+        if other["kind"] == row["kind"] and other["group_id"] != row["group_id"] and not alike(other)
     }
     order = random.Random(f"{seed}:{row['sample_id']}").sample(sorted(donors), len(donors))
     count = len(row["references"])
@@ -158,8 +178,8 @@ def _shuffled(row: dict[str, Any], rows: list[dict[str, Any]], labels: dict[str,
 
 
 def _run(
-    jobs: list[tuple[Case, str]], load: Load, generate: Generate
-) -> tuple[dict[tuple[Case, str], Image.Image], dict[tuple[Case, str], str]]:
+    jobs: list[tuple[Case, Method]], load: Load, generate: Generate
+) -> tuple[dict[tuple[Case, Method], Image.Image], dict[tuple[Case, Method], str]]:
     """One call for the batch; if that fails, one call a job, so that a broken sample costs only itself."""
     requests, broken = {}, {}
     for job in jobs:
@@ -172,7 +192,7 @@ def _run(
     except Exception as error:
         if len(requests) == 1:
             return {}, broken | dict.fromkeys(requests, _one_line(error))
-    made: dict[tuple[Case, str], Image.Image] = {}
+    made: dict[tuple[Case, Method], Image.Image] = {}
     for job, request in requests.items():
         try:
             made[job] = _checked(generate, [request])[0]
@@ -181,9 +201,9 @@ def _run(
     return made, broken
 
 
-def _request(case: Case, condition: str, load: Load) -> Request:
-    references = [load(sha) for sha in case.references(condition)]
-    return {"prompt": case.prompt, "references": references, "seed": case.seed}
+def _request(case: Case, method: Method, load: Load) -> Request:
+    references, captions = [load(sha) for sha in case.references(method)], case.captions if method.references == "right" else ()
+    return {"prompt": case.prompt, "references": references, "captions": captions, "seed": case.seed}
 
 
 def _checked(generate: Generate, requests: list[Request]) -> list[Image.Image]:
@@ -199,12 +219,11 @@ def _one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
-def _name(case: Case, condition: str) -> str:
-    return f"{condition}/{quote(case.sample_id, safe='')}.png"
-
-
-def _key(case: Case, condition: str, made_with: Any) -> str:
-    return sha256_json([case.seed, case.prompt, case.references(condition), made_with])
+def _name(case: Case, method: Method, made_with: Any) -> str:
+    references = case.references(method)
+    captions = case.captions if method.references == "right" else ()
+    key = sha256_json([case.seed, case.prompt, references, captions, method.reading, made_with])
+    return f"{method.reading}/{case.seed}-{sha256_json(case.prompt)[:8]}-{key[:24]}.png"
 
 
 def _readable(path: Path) -> bool:

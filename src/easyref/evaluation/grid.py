@@ -1,18 +1,17 @@
-"""The picture that proves it: references, prompt, real target, and the images with right, wrong and no references.
+"""Pictures that show it: references, prompt, real target, and what each method drew.
 
-Rows are chosen by a rule (the first N held-out groups of each kind in evaluate's seeded order), never by how well they
-came out. All lengths are pixels; the picture is meant to be read at 100 %.
+Rows are chosen by a rule that the caption says, never by taste. All lengths are pixels; the pictures are meant to be read at 100 %.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from easyref.evaluation.generations import CONDITIONS, Case, Load, image_path
+from easyref.evaluation.generations import CONDITIONS, Case, Images, Load
 from easyref.images import open_image, to_png
 from easyref.records import write_bytes
 
@@ -23,76 +22,81 @@ KIND = {
 }
 
 
+#: Of `reports/grid.png`.
+COLUMNS = ("Right\nreferences", "Another group's\nreferences", "No\nreferences")
+
+
 @dataclass(frozen=True)
 class GridRow:
-    """One sample of the picture."""
+    """One sample of a picture; `made` in the order of the columns, `band` heads the rows that share it."""
 
-    kind: str
+    band: str
     prompt: str
     references: list[Image.Image]
     target: Image.Image
-    right: Image.Image
-    shuffled: Image.Image
-    none: Image.Image
+    made: list[Image.Image]
 
 
-def grid_rows(cases: Sequence[Case], load: Load, out: Path, per_kind: int, split: str = "held_out") -> list[GridRow]:
-    """The first `per_kind` groups of each kind, in the order of `select_cases`, whose three images are there."""
+def grid_row(band: str, case: Case, images: Images, load: Load, methods: Iterable[str]) -> GridRow:
+    made = [open_image(images[case, method]) for method in methods]
+    return GridRow(band, case.prompt, [load(sha) for sha in case.right], load(case.target), made)
+
+
+def grid_rows(cases: Sequence[Case], images: Images, load: Load, per_kind: int) -> list[GridRow]:
+    """The first `per_kind` groups of each kind, in the order of `cases`, under the three conditions of `evaluate`."""
     rows: list[GridRow] = []
-    for kind in KIND:
-        seen: set[str] = set()
+    for kind in dict.fromkeys([*KIND, *(case.kind for case in cases)]):
+        first: dict[str, Case] = {}
         for case in cases:
-            paths = {condition: image_path(out, case, condition) for condition in CONDITIONS}
-            fits = case.split == split and case.kind == kind and case.group_id not in seen
-            if not fits or len(seen) == per_kind or not all(p.exists() for p in paths.values()):
-                continue
-            seen.add(case.group_id)
-            made = {condition: open_image(path) for condition, path in paths.items()}
-            rows.append(GridRow(kind, case.prompt, [load(sha) for sha in case.right], load(case.target), **made))
+            if case.kind == kind:
+                first.setdefault(case.group_id, case)
+        names = [method.name for method in CONDITIONS]
+        rows += [grid_row(KIND.get(kind, kind), case, images, load, names) for case in list(first.values())[:per_kind]]
     return rows
 
 
 def grid_png(rows: Sequence[GridRow], path: str | Path) -> Path:
-    """Draw the rows, grouped by kind: references, prompt, real target, and the three generations."""
+    """Draw the rows: references, prompt, real target, and the three generations."""
     if not rows:
         raise ValueError("grid_png: no rows; evaluate at least one sample of the split first")
-    write_bytes(path, to_png(draw_grid(rows)))
+    write_bytes(path, to_png(draw_grid(rows, COLUMNS)))
     return Path(path)
 
 
-# The picture, in pixels: a margin, up to six thumbnails in 3 x 2, the prompt, then four images at twice 64 px.
-MARGIN, GAP, THUMB, LARGE, PROMPT, ROW, HEAD, BAND = 24, 6, 61, 128, 190, 144, 46, 38
+# A margin, up to six thumbnails in 3 x 2, the prompt, then the images at `side` pixels.
+MARGIN, GAP, LARGE, PROMPT, HEAD, BAND = 24, 6, 128, 190, 46, 38
 INK, SOFT, LINE, ACCENT = "#1d2229", "#69717c", "#e3e6ea", "#2f6fb0"
-COLUMNS = ("Real target", "Right\nreferences", "Another group's\nreferences", "No\nreferences")
 
 
-def draw_grid(rows: Sequence[GridRow]) -> Image.Image:
-    first = MARGIN + 3 * (THUMB + GAP) + 14 + PROMPT
-    lefts = [first + i * (LARGE + 14) + (22 if i else 0) for i in range(4)]  # a wider gap after the real target
-    kinds = list(dict.fromkeys(row.kind for row in rows))
-    height = MARGIN + HEAD + sum(BAND + ROW * sum(r.kind == k for r in rows) for k in kinds) + MARGIN // 2
-    canvas = Image.new("RGB", (lefts[-1] + LARGE + MARGIN, height), "white")
+def draw_grid(rows: Sequence[GridRow], columns: Sequence[str], side: int = LARGE) -> Image.Image:
+    """`columns` are the titles of what was made, the first of them ours."""
+    thumb, row_height = (side - GAP) // 2, side + 16
+    first = MARGIN + 3 * (thumb + GAP) + 14 + PROMPT
+    lefts = [first + i * (side + 14) + (22 if i else 0) for i in range(1 + len(columns))]  # a wider gap after the real target
+    bands = list(dict.fromkeys(row.band for row in rows))
+    height = MARGIN + HEAD + len(bands) * BAND + len(rows) * row_height + MARGIN // 2
+    canvas = Image.new("RGB", (lefts[-1] + side + MARGIN, height), "white")
     draw = ImageDraw.Draw(canvas)
-    _headers(draw, lefts)
+    _headers(draw, lefts, ("Real target", *columns), side)
     y = MARGIN + HEAD
-    for kind in kinds:
-        _band(draw, canvas.width, y, KIND.get(kind, kind))
+    for band in bands:
+        _band(draw, canvas.width, y, band)
         y += BAND
-        for row in (r for r in rows if r.kind == kind):
-            _row(canvas, draw, row, y, lefts)
-            y += ROW
+        for row in (r for r in rows if r.band == band):
+            _row(canvas, draw, row, y, lefts, side, thumb)
+            y += row_height
     return canvas
 
 
-def _headers(draw: ImageDraw.ImageDraw, lefts: list[int]) -> None:
-    bottom = MARGIN + HEAD - 12
-    draw.text((MARGIN, bottom), "References", INK, _font(14, True), anchor="ls")
-    draw.text((lefts[0] - PROMPT, bottom), "Prompt", INK, _font(14, True), anchor="ls")
-    for left, title in zip(lefts, COLUMNS, strict=True):
+def _headers(draw: ImageDraw.ImageDraw, lefts: list[int], titles: Sequence[str], side: int) -> None:
+    bottom, font = MARGIN + HEAD - 12, _font(14 if side >= LARGE else 11, True)
+    draw.text((MARGIN, bottom), "References", INK, font, anchor="ls")
+    draw.text((lefts[0] - PROMPT, bottom), "Prompt", INK, font, anchor="ls")
+    for i, (left, title) in enumerate(zip(lefts, titles, strict=True)):
         lines = title.split("\n")
-        for i, line in enumerate(lines):
-            place = (left + LARGE / 2, bottom - 17 * (len(lines) - 1 - i))
-            draw.text(place, line, ACCENT if title.startswith("Right") else INK, _font(14, True), anchor="ms")
+        for n, line in enumerate(lines):
+            place = (left + side / 2, bottom - 17 * (len(lines) - 1 - n))
+            draw.text(place, line, ACCENT if i == 1 else INK, font, anchor="ms")
 
 
 def _band(draw: ImageDraw.ImageDraw, width: int, y: int, text: str) -> None:
@@ -103,19 +107,19 @@ def _band(draw: ImageDraw.ImageDraw, width: int, y: int, text: str) -> None:
     draw.text((MARGIN + 18 + font.getlength(name), y + (BAND - 12) / 2), rest.strip(), SOFT, _font(13), anchor="lm")
 
 
-def _row(canvas: Image.Image, draw: ImageDraw.ImageDraw, row: GridRow, y: int, lefts: list[int]) -> None:
+def _row(canvas: Image.Image, draw: ImageDraw.ImageDraw, row: GridRow, y: int, lefts: list[int], side: int, thumb: int) -> None:
     for i, image in enumerate(row.references[:6]):
-        place = MARGIN + i % 3 * (THUMB + GAP), y + i // 3 * (THUMB + GAP)
-        _paste(canvas, draw, image, *place, THUMB)
+        place = MARGIN + i % 3 * (thumb + GAP), y + i // 3 * (thumb + GAP)
+        _paste(canvas, draw, image, *place, thumb)
     if len(row.references) > 6:
-        draw.text((MARGIN + 3 * (THUMB + GAP) - 2, y + LARGE + 2), f"+{len(row.references) - 6}", SOFT, _font(11), anchor="rt")
+        draw.text((MARGIN + 3 * (thumb + GAP) - 2, y + side + 2), f"+{len(row.references) - 6}", SOFT, _font(11), anchor="rt")
     font = _font(13)
-    lines = _wrap(row.prompt, font, PROMPT - 24, 6)
+    lines = _wrap(row.prompt, font, PROMPT - 24, side // 20)
     for i, line in enumerate(lines):
-        draw.text((lefts[0] - PROMPT, y + LARGE / 2 + 18 * (i - (len(lines) - 1) / 2)), line, INK, font, anchor="lm")
-    for left, image in zip(lefts, (row.target, row.right, row.shuffled, row.none), strict=True):
-        _paste(canvas, draw, image, left, y, LARGE)
-    draw.rectangle((lefts[1] - 2, y - 2, lefts[1] + LARGE + 1, y + LARGE + 1), outline=ACCENT, width=2)
+        draw.text((lefts[0] - PROMPT, y + side / 2 + 18 * (i - (len(lines) - 1) / 2)), line, INK, font, anchor="lm")
+    for left, image in zip(lefts, (row.target, *row.made), strict=True):
+        _paste(canvas, draw, image, left, y, side)
+    draw.rectangle((lefts[1] - 2, y - 2, lefts[1] + side + 1, y + side + 1), outline=ACCENT, width=2)
 
 
 def _paste(canvas: Image.Image, draw: ImageDraw.ImageDraw, image: Image.Image, x: int, y: int, side: int) -> None:

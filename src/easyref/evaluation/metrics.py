@@ -2,6 +2,8 @@
 
 Fidelity is the cosine of centred features, in the place where the paper has CLIP-I and DINO-I (method.md §5). Centring
 matters: raw ImageNet features of any two emoji already have a cosine near 0.9.
+FID (arXiv 1706.08500) and KID (arXiv 1801.01401) are taken of any features. They are a few lines here: the libraries that have them
+want images and Inception's features, or torchvision.
 Intervals are 95 % percentile bootstraps (Efron 1979) over groups, because samples of one group share their images
 (cluster bootstrap: Cameron, Gelbach, Miller 2008).
 
@@ -43,6 +45,27 @@ def reference_fidelity(generated_NE: Array, references: Sequence[Array], mean_E:
     return np.array([(unit(r, mean_E) @ g).mean() for g, r in zip(generated, references, strict=True)])
 
 
+def bootstrap_means(
+    values_NK: Array, groups: Sequence[Any] | Array | None = None, *, seed: int = 0, resamples: int = 10_000
+) -> list[Interval]:
+    """Mean of each column and its 95 % percentile bootstrap interval, all from the same draws; with group ids, of whole groups."""
+    x = np.asarray(values_NK, np.float64)
+    if x.ndim != 2 or not len(x) or not np.isfinite(x).all():
+        raise ValueError(f"bootstrap: needs rows of finite numbers, got {x.shape}; leave out undefined samples")
+    if groups is not None and len(groups) != len(x):
+        raise ValueError(f"bootstrap: {len(x)} values but {len(groups)} group ids; give one id a value")
+    cluster_N = np.arange(len(x)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    count_G = np.bincount(cluster_N)
+    sum_GK = np.stack([np.bincount(cluster_N, weights=column) for column in x.T], 1)
+    rng = np.random.default_rng(seed)
+    means, block = [], max(1, _BLOCK // len(count_G))
+    for done in range(0, resamples, block):
+        drawn = rng.multinomial(len(count_G), np.full(len(count_G), 1 / len(count_G)), size=min(block, resamples - done))
+        means.append((drawn @ sum_GK) / (drawn @ count_G)[:, None])
+    bounds = np.percentile(np.concatenate(means), [2.5, 97.5], axis=0)
+    return [{"mean": float(m), "low": float(low), "high": float(high)} for m, low, high in zip(x.mean(0), *bounds, strict=True)]
+
+
 def bootstrap_mean(
     values: Sequence[float] | Array,
     groups: Sequence[Any] | Array | None = None,
@@ -50,21 +73,8 @@ def bootstrap_mean(
     seed: int = 0,
     resamples: int = 10_000,
 ) -> Interval:
-    """Mean of `values` and its 95 % percentile bootstrap interval; with group ids, whole groups are drawn."""
-    x = np.asarray(values, np.float64)
-    if x.ndim != 1 or not len(x) or not np.isfinite(x).all():
-        raise ValueError(f"bootstrap_mean: needs a list of finite numbers, got {x.shape}; leave out undefined samples")
-    if groups is not None and len(groups) != len(x):
-        raise ValueError(f"bootstrap_mean: {len(x)} values but {len(groups)} group ids; give one id a value")
-    cluster_N = np.arange(len(x)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
-    sum_G, count_G = np.bincount(cluster_N, weights=x), np.bincount(cluster_N)
-    rng = np.random.default_rng(seed)
-    means, block = [], max(1, _BLOCK // len(sum_G))
-    for done in range(0, resamples, block):
-        drawn = rng.multinomial(len(sum_G), np.full(len(sum_G), 1 / len(sum_G)), size=min(block, resamples - done))
-        means.append((drawn @ sum_G) / (drawn @ count_G))
-    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
-    return {"mean": float(x.mean()), "low": float(low), "high": float(high)}
+    """`bootstrap_means` of one list."""
+    return bootstrap_means(np.asarray(values, np.float64)[..., None], groups, seed=seed, resamples=resamples)[0]
 
 
 def paired_difference(
@@ -79,6 +89,40 @@ def paired_difference(
     if np.shape(a) != np.shape(b):
         raise ValueError(f"paired_difference: {np.shape(a)} against {np.shape(b)}; give both conditions of each sample")
     return bootstrap_mean(np.asarray(a, np.float64) - np.asarray(b, np.float64), groups, seed=seed, resamples=resamples)
+
+
+def fid(a_NE: Array, b_ME: Array) -> float:
+    """Fréchet distance of the normal distributions with the means and covariances of two sets of features.
+
+    tr (S_a S_b)^½ is the sum of the singular values of A Bᵀ, where S_a = AᵀA: no root of an E × E matrix, which a set smaller than E
+    makes singular. Such a set makes FID far too large: compare only sets of one size.
+    """
+    mean_a, mean_b = a_NE.mean(0, dtype=np.float64), b_ME.mean(0, dtype=np.float64)
+    a, b = (np.asarray(x, np.float64) - x.mean(0, dtype=np.float64) for x in (a_NE, b_ME))
+    a, b = a / math.sqrt(len(a) - 1), b / math.sqrt(len(b) - 1)
+    return float(((mean_a - mean_b) ** 2).sum() + (a**2).sum() + (b**2).sum() - 2 * np.linalg.svd(a @ b.T, compute_uv=False).sum())
+
+
+def kid(a_NE: Array, b_ME: Array) -> float:
+    """Squared maximum mean discrepancy under the kernel (x·y / E + 1)³, unbiased: around 0 for two samples of one distribution, at any
+    number of images."""
+    a, b = np.asarray(a_NE, np.float64), np.asarray(b_ME, np.float64)
+
+    def kernel(x: Array, y: Array) -> Array:
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def within(x: Array) -> float:
+        k = kernel(x, x)
+        return float((k.sum() - np.trace(k)) / (len(x) * (len(x) - 1)))
+
+    return within(a) + within(b) - 2 * float(kernel(a, b).mean())
+
+
+def diversity(features: Sequence[Array], mean_E: Array) -> Array:
+    """How different the images of one sample under several seeds are: 1 - mean cosine of centred features over pairs, [N].
+    `features`: [seeds, E] of each sample."""
+    cosines = [unit(f, mean_E) @ unit(f, mean_E).T for f in features]
+    return np.array([1 - c[np.triu_indices(len(c), 1)].mean() for c in cosines])
 
 
 def covered(right: float, none: float, ceiling: float) -> float | None:

@@ -1,4 +1,4 @@
-"""reports/evaluation.html: what evaluate.json says, in plain words, tables and pictures. One self-contained file."""
+"""reports/evaluation.html: what mrbench.json says, in plain words, tables, plots and pictures. One self-contained file."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import Any
 
 from PIL import Image
 
-from easyref.evaluation.evaluate import COPY_THRESHOLD
-from easyref.evaluation.grid import KIND, GridRow, draw_grid, grid_png, grid_rows
+from easyref.evaluation.evaluate import Evaluated
+from easyref.evaluation.generations import Load
+from easyref.evaluation.grid import KIND, GridRow, draw_grid, grid_row
+from easyref.evaluation.judges import COPY_THRESHOLD
+from easyref.evaluation.mrbench import COMPARISON
 from easyref.evaluation.page import PAGE
+from easyref.images import to_png
 from easyref.page import data_uri, picture, render
 from easyref.records import write_bytes
-
-__all__ = ["GridRow", "grid_png", "grid_rows", "write_report"]
 
 LABEL = {
     "fidelity": "Fidelity to the target",
@@ -23,6 +25,10 @@ LABEL = {
     "tone": "Right skin tone",
     "concept": "Right concept",
     "text_alignment": "Fits the prompt",
+    "clip_i": "CLIP-I",
+    "dino_i": "DINO-I",
+    "clip_t": "CLIP-T",
+    "face_i": "Face",
 }
 MEANING = {
     "fidelity": "Cosine of centred EfficientNet-Lite0 features, generated image against the real target.",
@@ -31,93 +37,196 @@ MEANING = {
     "tone": "Share of images whose skin tone a probe takes for the target's; people with a skin tone only.",
     "concept": "Share of images nearest to the target's concept among all concepts of the split.",
     "text_alignment": "Cosine of image and prompt in a small dual encoder trained on the training captions.",
+    "clip_i": "Cosine of CLIP image features, generated image against the real target.",
+    "dino_i": "Cosine of DINOv2 features, generated image against the real target.",
+    "clip_t": "Cosine of CLIP features of image and prompt.",
+    "face_i": "Cosine of ArcFace features, generated image against the real target.",
 }
 SPLIT = {
     "held_out": "Held-out groups (concepts never seen in training)",
     "held_in": "Held-in groups (seen in training)",
 }
-SHADES = {"none": "#b9bec6", "shuffled": "#d9a05b", "right": "#2f6fb0", "ceiling": "#4d5661"}
-SHOWN = {
-    "none": "no references",
-    "shuffled": "another group's references",
-    "right": "right references",
-    "ceiling": "real image",
+#: Name in tables and pictures, colour, what it is.
+METHOD = {
+    "easyref": ("EasyRef", "#2f6fb0", "the MLLM reads all references at once"),
+    "average": ("Average", "#3d9a8b", "EasyRef's encoder reads each reference alone; mean of their tokens, as IP-Adapter does"),
+    "concatenation": ("Concatenation", "#7cb342", "the same, all their tokens side by side"),
+    "lora": ("LoRA", "#a05fb4", "no EasyRef: a LoRA of the base UNet, tuned on the sample's references"),
+    "shuffled": ("Shuffled", "#d9a05b", "EasyRef with as many references of another group"),
+    "text_only": ("Text only", "#9aa1ab", "EasyRef without references"),
+    "copy": ("Copy", "#c0504d", "a reference itself, nothing drawn"),
+    "ceiling": ("Real image", "#4d5661", "the real target; for fidelity, the other real members of the group"),
 }
+#: The paper's ablation of how references are read, and its MRBench table (method.md §7): CLIP-I, CLIP-T, DINO-I.
+PAPER = {
+    "easyref": (0.833, 0.709, 0.614),
+    "average": (0.818, 0.688, 0.584),
+    "concatenation": (0.821, 0.692, 0.579),
+}
+#: The conditions of `evaluate`, and whose colours they have.
+CONDITION = {"right": "easyref", "shuffled": "shuffled", "none": "text_only"}
+DRAWN = tuple(name for name in METHOD if name not in ("copy", "ceiling"))
+ROWS = 5  # of each rule of the grid
 
 
-def write_report(result: dict[str, Any], rows: Sequence[GridRow], path: str | Path) -> Path:
-    """Write the HTML report of `evaluate`'s result; `rows` may be empty."""
-    splits = [s for s in SPLIT if any(result[s].get(name) for name in LABEL)]
+def write_report(found: Evaluated, load: Load, path: str | Path, about: dict[str, str]) -> Path:
+    """Write the HTML report of `mrbench`. `about`: what it was made with, by name."""
+    result = found.result
+    splits = [s for s in SPLIT if defined(result[s])]
+    shown = {s: defined(result[s]) for s in splits}
+    rows = chosen_rows(found, load)
     html = render(
         PAGE,
-        {"num": _number, "gap": _interval, "pct": _percent},
+        {
+            "num": number,
+            "gap": interval,
+            "pct": percent,
+            "verdict": verdict,
+            "defined": defined,
+        },
         result=result,
         splits=splits,
-        headlines=[_headline(result, s, name) for s in splits for name in LABEL if result[s].get(name)],
-        plots={s: data_uri(_plot(result[s])) for s in splits},
-        grid=data_uri(draw_grid(rows)) if rows else "",
-        per_kind=max((sum(r.kind == k for r in rows) for k in KIND), default=0),
-        copied={"right": "right references", "none": "no references", "real": "real targets"},
+        shown=shown,
+        methods=METHOD,
+        others=[m for m in METHOD if m not in ("easyref", "ceiling")],
+        plots={s: data_uri(_plot(result[s], shown[s])) for s in splits},
+        counts=data_uri(_count_plot(result["counts"])) if result["counts"] else "",
+        grid=data_uri(draw_grid(rows, [METHOD[m][0] for m in DRAWN], side=96)) if rows else "",
+        rows=ROWS,
         copy_threshold=COPY_THRESHOLD,
         split_title=SPLIT,
         kind_title=KIND,
         label=LABEL,
         meaning=MEANING,
+        paper=PAPER,
+        about=about,
     )
     write_bytes(path, html)
     return Path(path)
 
 
-def _headline(result: dict[str, Any], split: str, name: str) -> dict[str, str]:
-    """One metric in plain words."""
-    entry = result[split][name]
-    gap = entry["right_minus_shuffled"]
-    verdict = "better" if gap["low"] > 0 else "worse" if gap["high"] < 0 else ""
-    against = f"{verdict} than with" if verdict else "not measurably different from"
-    words = (
-        f"With the right references {_number(entry['right'])}, {against} another group's "
-        f"({_number(entry['shuffled'])}): difference {_interval(gap)}. "
-        f"Without references {_number(entry['none'])}, a real image {_number(entry['ceiling'])}."
-    )
-    about = {"split": split, "label": LABEL[name], "words": words, "covered": _percent(entry["covered"])}
-    return {**about, "verdict": verdict, "tag": verdict or "no difference"}
+def chosen_rows(found: Evaluated, load: Load) -> list[GridRow]:
+    """Held-out samples: the first of the order, and those of the highest and lowest fidelity of EasyRef, each sample once."""
+    cases = found.cases["held_out"]
+    if not cases:
+        return []
+    fidelity = found.scores["held_out"]["fidelity"][COMPARISON.own]
+    ranked = sorted(range(len(cases)), key=lambda i: -fidelity[i])
+    rules = {"First: in the seeded order of the evaluation": list(range(len(cases)))[:ROWS]}
+    rest = [i for i in ranked if i not in next(iter(rules.values()))]
+    rules["Best: EasyRef's highest fidelity to the target"] = rest[:ROWS]
+    rules["Worst: EasyRef's lowest fidelity to the target"] = rest[ROWS:][-ROWS:]
+    return [grid_row(band, cases[i], found.images, load, DRAWN) for band, chosen in rules.items() for i in chosen]
 
 
-def _plot(entries: dict[str, Any]) -> Image.Image:
-    """Each metric between none, shuffled, right and the real image."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    names = [name for name in LABEL if entries.get(name)]
-    figure, axes = plt.subplots(figsize=(8.6, 0.62 * len(names) + 0.9), dpi=120)
-    for i, name in enumerate(names):
-        values = {condition: entries[name][condition] for condition in SHADES}
-        span = min(values.values()), max(values.values())
-        axes.plot(span, [i, i], color="#dfe3e8", linewidth=5, zorder=1, solid_capstyle="round")
-        for condition, value in values.items():
-            shape: dict[str, Any] = {"marker": "|", "s": 190, "linewidth": 3} if condition == "ceiling" else {"marker": "o", "s": 62}
-            label = SHOWN[condition] if i == 0 else None
-            axes.scatter(value, i, color=SHADES[condition], label=label, zorder=3, **shape)
-    axes.set_yticks(range(len(names)), [LABEL[name] for name in names])
-    axes.invert_yaxis()
-    axes.margins(y=0.12)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="x", color="#eef0f3")
-    axes.set_axisbelow(True)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=4, frameon=False, fontsize=9, handletextpad=0.3)
+def _plot(entries: dict[str, Any], names: Sequence[str]) -> Image.Image:
+    """A panel for each metric: every method's mean with its interval, and the real image as a line."""
+    plt = _pyplot()
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure, panels = plt.subplots(rows, columns, figsize=(9.6, 2.35 * rows + 0.2), dpi=120, sharey=True, squeeze=False)
+    methods = [m for m in METHOD if m != "ceiling"]
+    for panel, name in zip(panels.flat, names, strict=False):
+        entry = entries[name]
+        panel.axvline(entry["ceiling"], color=METHOD["ceiling"][1], linewidth=1, linestyle=(0, (4, 3)))
+        for y, method in enumerate(methods):
+            low, high = entry["intervals"][method]
+            panel.plot([low, high], [y, y], color=METHOD[method][1], linewidth=2.2, alpha=0.55, solid_capstyle="round")
+            panel.scatter(entry[method], y, color=METHOD[method][1], s=34 if method == "easyref" else 24, zorder=3)
+        panel.set_title(LABEL[name], fontsize=10, loc="left")
+        panel.set_yticks(range(len(methods)), [METHOD[m][0] for m in methods], fontsize=9)
+        _tidy(panel)
+    for panel in panels.flat[len(names) :]:
+        panel.axis("off")
+    panels[0, 0].invert_yaxis()
+    figure.tight_layout()
     return picture(figure)
 
 
-def _number(value: float | None) -> str:
+def ablation_png(name: str, variants: dict[str, Any]) -> bytes:
+    """A panel for each metric: the right, shuffled and no references of every variant, with intervals."""
+    plt = _pyplot()
+    names = [metric for metric in LABEL if all(entry.get(metric) for entry in variants.values())]
+    columns = min(3, len(names))
+    rows, height = -(-len(names) // columns), 0.75 + 0.42 * len(variants)
+    figure, panels = plt.subplots(rows, columns, figsize=(9.6, height * rows + 0.4), dpi=120, sharey=True, squeeze=False)
+    for panel, metric in zip(panels.flat, names, strict=False):
+        for shift, (condition, like) in zip((-0.2, 0.0, 0.2), CONDITION.items(), strict=True):
+            for y, entry in enumerate(variants.values()):
+                colour, (low, high) = METHOD[like][1], entry[metric]["intervals"][condition]
+                panel.plot([low, high], [y + shift] * 2, color=colour, linewidth=2, alpha=0.5, solid_capstyle="round")
+                panel.scatter(entry[metric][condition], y + shift, color=colour, s=20, zorder=3, label=condition if not y else None)
+        panel.set_title(LABEL[metric], fontsize=10, loc="left")
+        panel.set_yticks(range(len(variants)), list(variants), fontsize=9)
+        _tidy(panel)
+    for panel in panels.flat[len(names) :]:
+        panel.axis("off")
+    panels[0, 0].invert_yaxis()
+    panels[0, 0].legend(frameon=False, fontsize=8)
+    figure.suptitle(name, fontsize=11, x=0.01, ha="left")
+    figure.tight_layout()
+    return to_png(picture(figure))
+
+
+def _count_plot(counts: dict[str, Any]) -> Image.Image:
+    """A panel for each metric: EasyRef and the average over the number of references, with intervals."""
+    plt = _pyplot()
+    numbers = [int(count) for count in counts]
+    names = [name for name in LABEL if all(entry.get(name) for entry in counts.values())]
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure, panels = plt.subplots(rows, columns, figsize=(9.6, 2.3 * rows + 0.3), dpi=120, squeeze=False)
+    for panel, name in zip(panels.flat, names, strict=False):
+        for method in ("easyref", "average"):
+            title, colour, _ = METHOD[method]
+            entries = [entry[name] for entry in counts.values()]
+            low, high = zip(*(e["intervals"][method] for e in entries), strict=True)
+            panel.fill_between(numbers, low, high, color=colour, alpha=0.13, linewidth=0)
+            panel.plot(numbers, [e[method] for e in entries], color=colour, marker="o", markersize=4, label=title)
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(numbers, [str(n) for n in numbers])
+        panel.set_title(LABEL[name], fontsize=10, loc="left")
+        _tidy(panel, "y")
+    for panel in panels.flat[len(names) :]:
+        panel.axis("off")
+    panels[0, 0].legend(frameon=False, fontsize=9)
+    figure.supxlabel("references given", fontsize=9)
+    figure.tight_layout()
+    return picture(figure)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _tidy(panel: Any, axis: str = "x") -> None:
+    panel.spines[["top", "right", "left"]].set_visible(False)
+    panel.tick_params(length=0, labelsize=9)
+    panel.grid(axis=axis, color="#eef0f3")
+    panel.set_axisbelow(True)
+
+
+def defined(entries: dict[str, Any]) -> list[str]:
+    """The metrics that have an entry."""
+    return [name for name in LABEL if entries.get(name)]
+
+
+def number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.0f} %"
 
 
-def _interval(interval: dict[str, float]) -> str:
-    return f"{interval['mean']:+.3f} [{interval['low']:+.3f}, {interval['high']:+.3f}]"
+def interval(gap: dict[str, float]) -> str:
+    return f"{gap['mean']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]"
+
+
+def verdict(gap: dict[str, float]) -> str:
+    return "better" if gap["low"] > 0 else "worse" if gap["high"] < 0 else ""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from easyref.records import read_json
 
+METHODS = ("easyref", "average", "concatenation", "lora", "text_only", "shuffled", "copy", "ceiling")
+
 
 def summary(out: Path) -> str:
-    """The result in three lines: what the references bring, and where to look."""
+    """What the references bring, all methods in one Markdown table, and where to look."""
     result = read_json(out / "metrics" / "evaluate.json")
     lines = []
     for split in ("held_out", "held_in"):
@@ -20,4 +23,23 @@ def summary(out: Path) -> str:
             f"{split}: fidelity {f['right']:.3f} with the right references; over another group's {s['mean']:+.3f} "
             f"[{s['low']:+.3f}, {s['high']:+.3f}], over none {n['mean']:+.3f} [{n['low']:+.3f}, {n['high']:+.3f}]"
         )
+    if (out / "metrics" / "mrbench.json").exists():
+        lines += ["", *table(read_json(out / "metrics" / "mrbench.json")), ""]
     return "\n".join([*lines, "report: reports/evaluation.html", "picture: reports/grid.png"])
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """Held-out groups of `metrics/mrbench.json` in Markdown: a method a row; fidelity, what EasyRef has over it, and the rest."""
+    held_out = result["held_out"]
+    names = [name for name, entry in held_out.items() if isinstance(entry, dict) and "easyref" in entry]
+    first, *rest = names or [""]
+    if not first:
+        return []
+    heads = [first.replace("_", " "), "EasyRef over it", *(name.replace("_", " ") for name in rest)]
+    lines = [f"| held out | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+    for method in METHODS:
+        gap = held_out[first].get(f"easyref_minus_{method}")
+        over = f"{gap['mean']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]" if gap else ""
+        cells = [f"{held_out[first][method]:.3f}", over, *(f"{held_out[name][method]:.3f}" for name in rest)]
+        lines.append(f"| {method.replace('_', ' ')} | {' | '.join(cells)} |")
+    return lines

@@ -55,6 +55,7 @@ class ReferenceConfig(BaseModel):
     prefix_final_norm: bool  # the LLM's final norm is applied to the prefix states
     final_layer_attention: Literal["bidirectional", "causal"]  # among the reference tokens; all see the whole context
     positions: Literal["mrope", "sequential"]
+    layer: Literal[-1, -2, -3] = -1  # of the LLM, that the tokens join; those after it are not used
     instruction: str = INSTRUCTION
     min_pixels: PositiveInt
     max_pixels: PositiveInt
@@ -255,8 +256,8 @@ class ReferenceEncoder(nn.Module):
         lm = core.language_model
         _check_model(core, config)
         self.config = config
-        self.final_layer = lm.layers[-1]
-        lm.layers = lm.layers[:-1]
+        self.final_layer = lm.layers[config.layer]
+        lm.layers = lm.layers[: config.layer]
         self.norm = lm.norm
         lm.norm = copy.deepcopy(lm.norm) if config.prefix_final_norm else nn.Identity()
         self.rotary = copy.deepcopy(lm.rotary_emb)  # own copy: the aggregator runs without the mllm (cached prefix)
@@ -409,9 +410,9 @@ def _check_model(core: Qwen2VLModel, config: ReferenceConfig) -> None:
     ):
         if getattr(config, ours) != theirs:
             raise ValueError(f"config.{ours} is {getattr(config, ours)} but the MLLM has {theirs}; set it to {theirs}")
-    if len(lm.layers) < 2:
-        raise ValueError(f"the MLLM has {len(lm.layers)} decoder layer; at least 2 are needed (prefix and last layer)")
-    if lm.layers[-1].self_attn.sliding_window is not None:
+    if len(lm.layers) <= -config.layer:
+        raise ValueError(f"the MLLM has {len(lm.layers)} decoder layer; at least {1 - config.layer} are needed (prefix and last layer)")
+    if lm.layers[config.layer].self_attn.sliding_window is not None:
         raise ValueError("the MLLM's last layer uses a sliding window; load it with use_sliding_window=False")
 
 

@@ -84,5 +84,5 @@ def align(params: Params, inputs: Inputs, held_out: Inputs, state: Path) -> None
         return {"held_out_explained": share}
 
     fingerprint = {"stage": "align", "seed": params.seed, "images": inputs.images.content, "base": models.base_hash,
-                   "params": p.model_dump(), "reference": params.reference.model_dump()}  # fmt: skip
+                   "params": p.model_dump(), "reference": params.reference.model_dump(exclude_defaults=True)}  # fmt: skip
     train(Task("align", trained, loss, fingerprint, validate=explained), p, state)

@@ -83,7 +83,7 @@ def reference_config(params: Params, mllm_config: Any, cross_attention_dim: int)
     return ReferenceConfig(
         num_tokens=r.num_tokens, cross_attention_dim=cross_attention_dim, prefix_final_norm=r.prefix_final_norm,
         final_layer_attention=r.final_layer_attention, positions=r.positions, instruction=r.instruction,
-        min_pixels=r.min_pixels, max_pixels=r.max_pixels, max_references=r.max_references, patch_size=vision.patch_size,
+        layer=r.layer, min_pixels=r.min_pixels, max_pixels=r.max_pixels, max_references=r.max_references, patch_size=vision.patch_size,
         merge_size=vision.spatial_merge_size, temporal_patch_size=vision.temporal_patch_size,
     )  # fmt: skip
 

@@ -40,19 +40,22 @@ STAGES = {
 }
 
 
-def run_stage(params: Params, name: str, data: Path, models_folder: Path, out: Path, curves: Path, work: Path) -> None:
-    """Run one stage of the table and write its checkpoint folder `out` and its training `curves`. A killed run goes on from its
-    state in `work`; the state of a finished one is removed, so that the next call trains again."""
+def run_stage(
+    params: Params, name: str, data: Path, models_folder: Path, out: Path, curves: Path, work: Path, starts_from: str | None
+) -> None:
+    """Run one stage of the table and write its checkpoint folder `out` and its training `curves`, from that of the stage
+    `starts_from`. A killed run goes on from its state in `work`; the state of a finished one is removed, so that the next call trains
+    again."""
     spec, p = STAGES[name], getattr(params, name)
     print(use_threads(params.threads))
     models = load_models(params, models_folder, p.lora_rank or None, p.precision)
-    if spec.starts_from:
-        weights.load(models_folder / spec.starts_from, models.encoder, models.adapter, fresh_lora=True)
+    if starts_from:
+        weights.load(models_folder / starts_from, models.encoder, models.adapter, fresh_lora=True)
     images = TrainingImages(data)
     inputs = Inputs(models, images, frozen_prefix="mllm" not in spec.trains)
     sampler = Sampler(images, p, params.seed, name)
     validate = Validation(params, models, data)
-    warm = work / "align.safetensors" if params.align and not spec.starts_from else None
+    warm = work / "align.safetensors" if params.align and not starts_from else None
     if warm:
         align(params, inputs, validate.inputs, warm)
     trained, factors = models.trainable(spec.trains, p.new_part_rate)
@@ -62,8 +65,14 @@ def run_stage(params: Params, name: str, data: Path, models_folder: Path, out: P
         samples = [sampler(n) for n in numbers]
         return _loss(models, inputs, samples, params.seed, [f"{name}/{n}" for n in numbers], p.min_snr)
 
-    start = sha256_file(models_folder / spec.starts_from / weights.WEIGHTS) if spec.starts_from else models.base_hash
-    fingerprint = {"stage": name, "seed": params.seed, "images": images.content, "start": start, **_stage_values(params, name)}
+    start = sha256_file(models_folder / starts_from / weights.WEIGHTS) if starts_from else models.base_hash
+    fingerprint = {
+        "stage": name,
+        "seed": params.seed,
+        "images": images.content,
+        "start": start,
+        **_stage_values(params, name, starts_from),
+    }
     task = Task(name, trained, loss, fingerprint, factors, validate)
     state = work / f"{name}.safetensors"
     train(task, p, state)
@@ -76,9 +85,9 @@ def run_stage(params: Params, name: str, data: Path, models_folder: Path, out: P
     state.unlink()
 
 
-def _stage_values(params: Params, name: str) -> dict[str, Any]:
-    values = {"params": getattr(params, name).model_dump(), "reference": params.reference.model_dump()}
-    if not STAGES[name].starts_from:
+def _stage_values(params: Params, name: str, starts_from: str | None) -> dict[str, Any]:
+    values = {"params": getattr(params, name).model_dump(), "reference": params.reference.model_dump(exclude_defaults=True)}
+    if not starts_from:
         values["align"] = params.align.model_dump() if params.align else None
     return values
 

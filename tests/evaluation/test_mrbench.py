@@ -1,0 +1,237 @@
+"""MRBench with all its methods on real emoji, drawn by stand-ins whose answers are known; and the baselines themselves on real models:
+the ways of reading references, and the LoRA of a group."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import partial
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageChops
+
+from easyref.config import Evaluate, GroupLora, MRBench
+from easyref.data.shards import ImageStore
+from easyref.evaluation import baselines
+from easyref.evaluation.evaluate import Evaluated
+from easyref.evaluation.generations import Painter
+from easyref.evaluation.judges import Similarity
+from easyref.evaluation.mrbench import COMPARISON, mrbench
+from easyref.evaluation.probes import fit_dual
+from easyref.evaluation.report import ROWS, chosen_rows, write_report
+from easyref.evaluation.summary import table
+from easyref.pipeline import EasyRef, Request
+from easyref.training.group_lora import group_lora, tuned
+
+from .conftest import Emoji, groups_of
+from .test_evaluate import Answers
+
+torch.set_num_threads(1)
+DRAWING = Evaluate(steps=2, guidance=2.0, scale=1.0, batch=5, held_out_samples=18, held_in_samples=6, grid_rows=2, bootstrap=500)
+LORA = GroupLora(rank=4, steps=5, batch=4, learning_rate=0.01)
+PARAMS = MRBench(lora=LORA, seeds=3, seed_samples=4, counts=[1, 2, 4], count_samples=6, clip=None, dino=None, face=None)
+
+
+def mean_colour(items: Any) -> np.ndarray:
+    """A model of images that is easy to check: [N, 3]."""
+    return np.stack([np.asarray(i.convert("RGB"), np.float64).mean((0, 1)) for i in items])
+
+
+def run(emoji: Emoji, out: Path) -> tuple[Evaluated, dict[str, Answers]]:
+    """Everything that reads the right references answers with the target, but average and lora: a reference."""
+    answers = {
+        reading: Answers(emoji, paste=reading in ("average", "lora")) for reading in ("together", "average", "concatenation", "lora")
+    }
+    painters = {reading: Painter(answer, reading) for reading, answer in answers.items()} | {"copy": Painter(baselines.copy, "copy")}
+    similarity = [Similarity("clip", mean_colour, lambda texts: np.ones((len(texts), 3)))]
+    arguments: dict[str, Any] = {"load": emoji.load, "painters": painters, "p": PARAMS, "drawing": DRAWING, "seed": 0, "out": out}
+    return mrbench(emoji.samples, emoji.images, groups_of(emoji.images), **arguments, similarity=similarity), answers
+
+
+@pytest.fixture(scope="module")
+def found(emoji: Emoji, tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("easyref.evaluation.judges.fit_dual", partial(fit_dual, steps=40))
+        return run(emoji, tmp_path_factory.mktemp("mrbench"))[0]
+
+
+def test_every_method_is_on_the_same_samples_with_its_paired_difference(found: Evaluated) -> None:
+    for split, count in (("held_out", 18), ("held_in", 6)):
+        entry = found.result[split]["fidelity"]
+        assert entry["samples"] == count and {*COMPARISON.names, "ceiling"} <= set(entry)
+        for name in set(COMPARISON.names) - {"easyref"}:
+            gap = entry[f"easyref_minus_{name}"]
+            assert gap["low"] <= gap["mean"] <= gap["high"] and gap["mean"] == pytest.approx(entry["easyref"] - entry[name])
+        # a pasted reference is what `copy` draws; the target itself is perfect
+        assert entry["average"] == entry["lora"] == entry["copy"] < 0.9 and entry["easyref"] == pytest.approx(1, abs=1e-3)
+        assert entry["concatenation"] == entry["easyref"] and entry["easyref_minus_copy"]["low"] > 0
+    tables = found.result["held_out"]
+    assert set(tables["by_kind"]) == {"subject", "person", "style"}
+    numbers = {str(len(case.right)) for case in found.cases["held_out"]}
+    assert set(tables["by_references"]) == numbers
+    assert sum(entry["fidelity"]["samples"] for entry in tables["by_references"].values()) == 18
+
+
+def test_a_configured_model_is_two_metrics_more(found: Evaluated, emoji: Emoji) -> None:
+    case = found.cases["held_out"][0]
+    target, drawn = mean_colour([emoji.load(case.target), Image.open(found.images[case, "shuffled"])])
+    scores = found.scores["held_out"]
+    assert scores["clip_i"]["shuffled"][0] == pytest.approx(target @ drawn / np.linalg.norm(target) / np.linalg.norm(drawn))
+    assert scores["clip_t"]["shuffled"][0] == pytest.approx(drawn.sum() / np.linalg.norm(drawn) / 3**0.5)
+    colours = mean_colour([emoji.load(sha) for sha in case.right])
+    cosines = colours @ target / np.linalg.norm(colours, axis=1) / np.linalg.norm(target)
+    assert scores["clip_i"]["ceiling"][0] == pytest.approx(cosines.mean())
+    assert scores["clip_i"]["easyref"][0] == pytest.approx(1)
+
+
+def test_real_images_are_nearer_to_the_data_than_others(found: Evaluated) -> None:
+    distances = found.result["distribution"]["held_out"]
+    assert distances["easyref"]["fid"] == pytest.approx(0, abs=1e-3), "it answers with the targets"
+    assert distances["easyref"]["kid"] < distances["copy"]["kid"] < distances["text_only"]["kid"]
+
+
+def test_more_references_are_the_same_samples_judged_beside_all(found: Evaluated) -> None:
+    counts = found.result["counts"]
+    assert list(counts) == ["1", "2", "4"]
+    assert {entry["fidelity"]["samples"] for entry in counts.values()} == {6}
+    assert len({entry["reference_fidelity"]["ceiling"] for entry in counts.values()}) == 1, "the same references judge"
+    assert found.result["counts"]["1"]["fidelity"]["ceiling"] < 0.9
+
+
+def test_diversity_compares_seeds(found: Evaluated) -> None:
+    values = found.result["diversity"]
+    assert values["easyref"]["mean"] == pytest.approx(0, abs=1e-6), "its answer is the target under every seed"
+    assert values["text_only"]["mean"] > 0.5 and values["real"]["mean"] > 0.2
+    assert values["seeds"] == 3 and values["samples"] == 4
+
+
+def test_a_run_that_was_cut_off_draws_only_what_is_missing_and_says_the_same(found: Evaluated, emoji: Emoji) -> None:
+    out = next(iter(found.images.values())).parents[1]
+    lost = [path for (case, method), path in found.images.items() if method == "lora"][:3]
+    for path in lost:
+        path.unlink()
+    again, answers = run(emoji, out)
+    assert {reading: len(answer.asked) for reading, answer in answers.items()} == {
+        "together": 0,
+        "average": 0,
+        "concatenation": 0,
+        "lora": 3,
+    }
+    assert json.dumps(again.result, sort_keys=True) == json.dumps(found.result, sort_keys=True)
+
+
+def test_the_report_is_one_file_that_says_the_numbers(found: Evaluated, emoji: Emoji, tmp_path: Path) -> None:
+    about = {"command": "dvc repro <mrbench>", "references in training": "6"}
+    html = write_report(found, emoji.load, tmp_path / "evaluation.html", about).read_text()
+    assert not re.search(r"<script|https?://|<link|@import|url\(", html)
+    assert len(re.findall(r'src="data:image/png;base64,', html)) == html.count("<img") == 4  # the grid, two splits, counts
+    assert "repro &lt;mrbench&gt;" in html and "<mrbench>" not in html
+    text = unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", html)))
+    entry = found.result["held_out"]["fidelity"]
+    gap = entry["easyref_minus_shuffled"]
+    assert f"Fidelity to the target with EasyRef {entry['easyref']:.3f}, Shuffled {entry['shuffled']:.3f}" in text
+    assert f"{gap['mean']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]" in text
+    assert "KID" in text and "CLIP-T" in text and "Nothing here is a claim about photographs" in text
+    rows = chosen_rows(found, emoji.load)
+    fidelity = dict(zip(found.cases["held_out"], found.scores["held_out"]["fidelity"]["easyref"], strict=True))
+    order = found.cases["held_out"]
+    assert [r.target.tobytes() for r in rows[:ROWS]] == [emoji.load(c.target).tobytes() for c in order[:ROWS]]
+    best, worst = (sorted(order[ROWS:], key=lambda c: -fidelity[c])[i] for i in (0, -1))
+    assert rows[ROWS].target.tobytes() == emoji.load(best.target).tobytes()
+    assert rows[-1].target.tobytes() == emoji.load(worst.target).tobytes()
+
+
+def test_the_table_for_people_has_every_method(found: Evaluated) -> None:
+    head, _, *rows = table(found.result)
+    assert [row.split("|")[1].strip().replace(" ", "_") for row in rows] == [
+        *("easyref", "average", "concatenation", "lora", "text_only", "shuffled", "copy", "ceiling"),
+    ]
+    assert f"{found.result['held_out']['fidelity']['lora']:.3f}" in rows[3] and "clip i" in head
+
+
+@pytest.fixture(scope="module")
+def easyref() -> EasyRef:
+    return EasyRef.from_pretrained("models/pretrain")
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[Image.Image]:
+    store = ImageStore(Path("data/images"))
+    return [store.image(sha) for sha in sorted(store.rows)[:5]]
+
+
+def asked(pictures: list[Image.Image], *counts: int) -> list[dict[str, Any]]:
+    return [{"prompt": f"cat {i}", "references": pictures[:n], "captions": ["cat"] * n, "seed": i} for i, n in enumerate(counts)]
+
+
+def test_readings_join_the_tokens_of_single_references(easyref: EasyRef, pictures: list[Image.Image]) -> None:
+    """K and V are made of the joined tokens, in the encoder's own code."""
+    with torch.no_grad():
+        inputs = easyref.processor([[image] for image in pictures[:3]], ["cat"] * 3)
+        tokens_RTX = easyref.encoder(inputs)
+        single = easyref.encode([[image] for image in pictures[:3]], ["cat"] * 3)
+        mean, side = baselines.JOIN["average"](single), baselines.JOIN["concatenation"](single)
+        assert torch.allclose(mean, easyref.adapter.payload(tokens_RTX.mean(0, keepdim=True)), atol=1e-5)
+        assert torch.allclose(side, easyref.adapter.payload(tokens_RTX.flatten(0, 1)[None]), atol=1e-5)
+        assert side.shape[2] == 3 * easyref.encoder.config.num_tokens
+
+
+def test_one_reference_reads_the_same_in_every_way(easyref: EasyRef, pictures: list[Image.Image]) -> None:
+    request = asked(pictures, 1)
+    together = baselines.together(easyref, DRAWING)(request)[0]
+    for reading in baselines.JOIN:
+        other = baselines.joined(easyref, DRAWING, reading)(request)[0]
+        assert max(high for _, high in ImageChops.difference(together, other).getextrema()) <= 1, reading
+
+
+def test_a_batch_of_several_numbers_of_references_is_its_samples_one_by_one(easyref: EasyRef, pictures: list[Image.Image]) -> None:
+    requests = asked(pictures, 3, 1, 2, 3)
+    draw = baselines.joined(easyref, DRAWING, "concatenation")
+    for whole, request in zip(draw(requests), requests, strict=True):
+        alone = draw([request])[0]
+        assert max(high for _, high in ImageChops.difference(whole, alone).getextrema()) <= 1
+
+
+def test_repeated_null_tokens_are_the_null_reference(easyref: EasyRef, pictures: list[Image.Image]) -> None:
+    """The same token twice is as the same token once: EasyRef's own tokens twice draw what they draw once."""
+    request = [Request("cat", pictures[:2], 0)]
+    payload = easyref.encode([pictures[:2]], ["cat"])
+    once, twice = (easyref.draw(request, payload.repeat(1, 1, n, 1), 2, 3.0, 1.0)[0] for n in (1, 2))
+    assert max(high for _, high in ImageChops.difference(once, twice).getextrema()) <= 1
+
+
+def test_a_group_lora_learns_its_references_and_leaves_the_base_as_it_was(pictures: list[Image.Image]) -> None:
+    pipe = EasyRef.base_pipeline("models/pretrain")
+    before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    request = asked(pictures, 2)
+    draw = group_lora(pipe, LORA, DRAWING, seed=0)
+    first, again = draw(request)[0], draw(request)[0]
+    assert first.tobytes() == again.tobytes(), "tuned anew from the same start"
+    assert pipe.unet.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in pipe.unet.state_dict().items())
+    plain = pipe(prompt=["cat 0"], num_inference_steps=2, guidance_scale=2.0, generator=torch.Generator().manual_seed(0)).images[0]
+    assert first.tobytes() != plain.tobytes()
+    with tuned(pipe, pictures[:2], ["cat"] * 2, LORA.model_copy(update={"steps": 25}), 0):
+        after = reconstruction(pipe, pictures[:2])
+    assert after < 0.97 * reconstruction(pipe, pictures[:2]), "the loss on the references falls"
+
+
+@torch.no_grad()
+def reconstruction(pipe: Any, references: list[Image.Image]) -> float:
+    """Diffusion loss on the references at noise that no step of the tuning had."""
+    from easyref.training.group_lora import _pixels
+    from easyref.training.loss import diffusion_loss, encode_text
+
+    pixels = torch.stack([_pixels(image, 64) for image in references])
+    latents = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
+    text, pooled = encode_text([(pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2)], ["cat"] * 2)
+    added = {"text_embeds": pooled, "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)}
+    losses = [
+        diffusion_loss(pipe.unet, pipe.scheduler, latents, text, added, 5, [f"{n}/{i}" for i in range(2)]).item() for n in range(8)
+    ]
+    return float(np.mean(losses))

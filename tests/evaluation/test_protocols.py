@@ -1,0 +1,82 @@
+"""Folders of the protocols become samples; what cannot be used is one line; `evaluate` takes them as they are."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import polars as pl
+import pytest
+from PIL import Image
+
+from easyref.evaluation.evaluate import evaluate
+from easyref.evaluation.generations import Painter, Request
+from easyref.evaluation.probes import fit_dual
+from easyref.evaluation.protocols import COMPARISON, dreambench, single
+
+from .conftest import Emoji
+from .test_evaluate import PARAMS
+
+
+@pytest.fixture
+def folder(emoji: Emoji, tmp_path: Path) -> Path:
+    """Two subjects of three images and two prompts, a third one with a broken image; a caption beside each image but one."""
+    held_out = emoji.images.filter(pl.col("split") == "held_out")
+    things = [sorted(group["sha256"]) for _, group in held_out.filter(pl.col("tone") == "").sort("sha256").group_by("concept")]
+    for name, shas in zip(("cat2", "dog_brown"), sorted(things), strict=False):
+        (tmp_path / name).mkdir()
+        for number, sha in enumerate(shas[:3]):
+            emoji.load(sha).save(tmp_path / name / f"{number}.png")
+            (tmp_path / name / f"{number}.txt").write_text(f"a {name} {number}\n")
+    (tmp_path / "dog_brown" / "2.txt").unlink()
+    (tmp_path / "owl").mkdir()
+    (tmp_path / "owl" / "0.png").write_bytes(b"not a picture")
+    (tmp_path / "owl" / "0.txt").write_text("an owl")
+    (tmp_path / "prompts.txt").write_text("a {} on the beach\n\n{} in the snow\n")
+    return tmp_path
+
+
+def test_dreambench_is_every_subject_in_every_prompt(emoji: Emoji, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = dreambench(emoji.images, emoji.load, folder)
+    samples = found.samples.to_dicts()
+    assert [row["prompt"] for row in samples] == ["a cat on the beach", "cat in the snow", "a dog on the beach", "dog in the snow"]
+    first = {row["group_id"]: found.paths[row["target"]].name for row in samples}
+    assert first == {"cat2": "0.png", "dog_brown": "0.png"} and all(row["references"] == [row["target"]] for row in samples)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and "owl/0.png: not an image" in lines[0] and "owl: no image that can be read" in lines[1]
+
+
+def test_single_is_every_image_with_its_caption(emoji: Emoji, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    samples = single(emoji.images, emoji.load, folder).samples
+    assert sorted(samples["prompt"]) == ["a cat2 0", "a cat2 1", "a cat2 2", "a dog_brown 0", "a dog_brown 1"]
+    assert samples["target"].to_list() == [references[0] for references in samples["references"]]
+    err = capsys.readouterr().err
+    assert "dog_brown/2.png: no caption; write it to 2.txt" in err and "owl/0.png" in err
+    held_out = single(emoji.images, emoji.load, None).samples
+    assert sorted(held_out["target"]) == sorted(emoji.images.filter(pl.col("split") == "held_out")["sha256"])
+
+
+@pytest.mark.parametrize(("prompts", "message"), [(None, "no prompts"), ("a cat", r"has no \{\}")])
+def test_prompts_that_cannot_be_used_are_one_line(emoji: Emoji, folder: Path, prompts: str | None, message: str) -> None:
+    (folder / "prompts.txt").unlink()
+    if prompts:
+        (folder / "prompts.txt").write_text(prompts)
+    with pytest.raises(ValueError, match=message):
+        dreambench(emoji.images, emoji.load, folder)
+    with pytest.raises(ValueError, match="no sample"):
+        _ = single(emoji.images, emoji.load, folder / "owl").samples
+
+
+def test_evaluate_takes_them(emoji: Emoji, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("easyref.evaluation.judges.fit_dual", partial(fit_dual, steps=20))
+    found = dreambench(emoji.images, emoji.load, folder)
+
+    def paste(requests: list[Request]) -> list[Image.Image]:
+        return [r["references"][0] if r["references"] else emoji.load(emoji.images["sha256"][0]) for r in requests]
+
+    arguments = {"seed": 0, "out": tmp_path / "out", "limits": {"dreambench": 3}}
+    painters = {"together": Painter(paste, "paste")}
+    result = evaluate(COMPARISON, found.samples, found.images, found.load, painters, PARAMS, **arguments).result["dreambench"]
+    assert result["fidelity"]["samples"] == 3 and result["fidelity"]["easyref"] == pytest.approx(1, abs=1e-3)
+    assert result["fidelity"]["easyref_minus_shuffled"]["mean"] > 0.2
+    assert result["style"] is None and result["tone"] is None, "their images have no such labels"

@@ -1,0 +1,85 @@
+"""An ablation trains what it says, keeps what is trained, and leaves the rest of the parameters as they are."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+from safetensors import safe_open
+from typer.testing import CliRunner
+
+from easyref import ablate
+from easyref.cli import app
+from easyref.config import Params, load_params, parse_params
+from easyref.model.weights import WEIGHTS, read_config
+from easyref.records import read_json
+from tests.projects import small_data
+
+NANO = Path("presets/nano.yaml")
+
+
+@pytest.mark.parametrize("preset", ["nano", "sdxl"])
+@pytest.mark.parametrize("name", ["tokens", "layer", "attention", "stages", "drops"])
+def test_variants_differ_in_what_they_say(name: str, preset: str) -> None:
+    params = load_params(Path("presets") / f"{preset}.yaml")
+    seen = []
+    for keys, stages in ablate.variants(name, params).values():
+        changed = ablate.change(params, keys)
+        same = ablate.change(changed, {key: _value(params, key) for key in keys})
+        assert same == params and set(stages) <= set(ablate.CHAIN)
+        seen.append((changed.model_dump_json(), stages))
+    assert len(set(seen)) == len(seen) >= 2
+
+
+def _value(params: Params, key: str) -> object:
+    section, field = key.split(".")
+    return getattr(getattr(params, section), field)
+
+
+def test_training_is_shorter_in_whole_batches() -> None:
+    params = load_params(NANO)
+    short = ablate.shortened(params, 0.05)
+    for name in ("align", *ablate.CHAIN):
+        before, after = getattr(params, name), getattr(short, name)
+        assert after.images % after.batch == 0 and after.images == pytest.approx(0.05 * before.images, abs=after.batch)
+    assert short.evaluate == params.evaluate and ablate.shortened(params, 1.0) == params
+
+
+@pytest.mark.parametrize("name", ["token", "aggregation"])
+def test_an_unknown_ablation_names_the_known_ones(name: str) -> None:
+    found = CliRunner().invoke(app, ["ablate", name])
+    assert isinstance(found.exception, ValueError)
+    assert "not one of tokens, layer, attention, stages, drops" in str(found.exception)
+
+
+@pytest.mark.long
+def test_an_ablation_runs_and_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = yaml.safe_load(NANO.read_text())
+    values["threads"] = 1
+    values["evaluate"] |= {"steps": 2, "bootstrap": 100}
+    values["reference"]["num_tokens"] = 4
+    for name in ("align", *ablate.CHAIN):
+        values[name] |= {"batch": 4, "microbatch": 4, "save_images": 16} | (
+            {"images": 16, "warmup_images": 0, "cooldown_images": 0, "ema_images": 0, "max_references": 1}
+        )
+    params = parse_params(values)
+    small_data(tmp_path / "data", params, 12)
+    arguments = (params, "layer", 0.5, 3, tmp_path / "data", Path("models"), tmp_path, tmp_path / "work")
+    result = ablate.ablate(*arguments)
+    assert list(result["variants"]) == ["-1", "-2", "-3"]
+    checkpoints = sorted((tmp_path / "work" / "ablate").glob(f"*/finetune_multi/{WEIGHTS}"))
+    layers = {}
+    for path in checkpoints:
+        with safe_open(path, "pt") as file:
+            prefix = [re.search(r"encoder\.mllm\.language_model\.layers\.(\d+)", name) for name in file.keys()]  # noqa: SIM118
+        layers[read_config(path.parent).reference.layer] = len({found[1] for found in prefix if found})
+    assert layers == {-1: 3, -2: 2, -3: 1}, "the prefix ends before the layer that the tokens join"
+    assert read_json(tmp_path / "metrics" / "ablate" / "layer.json")["variants"].keys() == result["variants"].keys()
+    assert Image.open(tmp_path / "reports" / "ablate" / "layer.png").width > 600
+    capsys.readouterr()
+    assert ablate.ablate(*arguments) == result
+    assert "trains" not in capsys.readouterr().out, "nothing is trained twice"
+    assert len(ablate.table(result).splitlines()) == 5
