@@ -132,7 +132,7 @@ Samples = Annotated[int, typer.Option(min=1, help="The first so many of a seeded
 
 def _protocol(name: Literal["single", "dreambench"], folder: Path | None, samples: int, params: Path, out: Path) -> None:
     from easyref.config import load_params
-    from easyref.evaluation.stage import protocol_bench
+    from easyref.evaluation.mrbench_stage import protocol_bench
 
     result = protocol_bench(load_params(params), name, folder, samples, DATA, MODELS, out, WORK)[name]
     for metric, entry in result.items():
@@ -211,7 +211,7 @@ def evaluate(params: ParamsFile = PARAMS) -> None:
 def mrbench(params: ParamsFile = PARAMS) -> None:
     """The same samples by every baseline (average, concatenation, LoRA, copy …) → metrics and reports/evaluation.html."""
     from easyref.config import load_params
-    from easyref.evaluation.stage import mrbench_stage
+    from easyref.evaluation.mrbench_stage import mrbench_stage
     from easyref.training.group_lora import group_lora
 
     mrbench_stage(load_params(params), DATA, MODELS, Path(), WORK / "evaluate", group_lora)

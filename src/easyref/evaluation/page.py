@@ -51,8 +51,7 @@ the order of the rows can be compared.</p>
 _COUNTS = """
 {% if counts %}<h2>How many references?</h2>
 <p>The same held-out samples ({{ (result.counts.values() | first).fidelity.samples }} in
-{{ (result.counts.values() | first).fidelity.groups }} groups) with 1, 2, 4 … of their references, drawn from the same noise. Training
-saw {{ about['references in training'] }} at most.</p>
+{{ (result.counts.values() | first).fidelity.groups }} groups) with 1, 2, 4 … of their references, drawn from the same noise.</p>
 <figure><img alt="Scores over the number of references" src="{{ counts }}">
 <figcaption>Means with 95 % intervals over groups.</figcaption></figure>
 <div class="scroll"><table><thead><tr><th>References</th><th>fidelity, EasyRef</th><th>average</th><th>EasyRef minus average</th>

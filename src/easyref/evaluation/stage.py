@@ -1,40 +1,34 @@
-"""Stages `evaluate` and `mrbench`: the finetuned model on held-out and held-in samples → metrics, report and the grid.
+"""Stage `evaluate`: the finetuned model on held-out and held-in samples → metrics and the grid.
 
-`evaluate` draws what the registry must know: right, shuffled and no references. `mrbench` comes after it, finds those images and adds
-every baseline. So a release does not wait for baselines, and they do not depend on what is released.
+It draws what the registry must know: right, shuffled and no references. The stage `mrbench` comes after it, finds those images and adds
+every baseline, so that a release does not wait for them.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from easyref import pipeline
 from easyref.config import Params
 from easyref.data.shards import ImageStore
-from easyref.evaluation import baselines, generations, protocols
+from easyref.evaluation import baselines, generations
 from easyref.evaluation.evaluate import EVALUATE, evaluate
 from easyref.evaluation.generations import Generate, Painter
 from easyref.evaluation.grid import grid_png, grid_rows
-from easyref.evaluation.judges import Similarity
-from easyref.evaluation.mrbench import mrbench
-from easyref.evaluation.protocols import Protocol, dreambench, single
-from easyref.evaluation.report import write_report
 from easyref.evaluation.summary import summary
 from easyref.model import reference
 from easyref.model.weights import WEIGHTS
 from easyref.pipeline import EasyRef
 from easyref.progress import use_threads
-from easyref.records import read_table, sha256_file, sha256_json, write_json
+from easyref.records import read_table, sha256_file, write_json
 
 STAGE = "finetune_multi"
 CODE = [Path(inspect.getfile(module)) for module in (pipeline, generations, baselines)]
 DRAWS = [*CODE, *sorted(Path(reference.__file__).parent.glob("*.py"))]
-#: (base pipeline, params.mrbench.lora, params.evaluate, seed) → the painter's `Generate`; see training/group_lora.py.
-Tune = Callable[..., Generate]
 
 
 class Place:
@@ -91,66 +85,3 @@ def evaluate_stage(params: Params, data: Path, models: Path, out: Path, work: Pa
     if rows:
         grid_png(rows, out / "reports" / "grid.png")
     print(summary(out))
-
-
-def mrbench_stage(params: Params, data: Path, models: Path, out: Path, work: Path, tune: Tune) -> None:
-    """`metrics/mrbench.json` and `reports/evaluation.html`: every method on the samples of `evaluate`."""
-    print(use_threads(params.threads))
-    p, drawing, place = params.mrbench, params.evaluate, Place(params, data, models)
-    painters = place.together()
-    painters |= {r: place.ours(partial(baselines.joined, p=drawing, reading=r)) for r in baselines.JOIN}
-    code = sha256_file(inspect.getfile(tune))
-    painters["lora"] = place.painter(
-        lambda: tune(place.base_pipe, p.lora, drawing, params.seed), p.lora.model_dump(), params.seed, code
-    )
-    painters["copy"] = Painter(baselines.copy, "copy")
-    groups = read_table(data / "split" / "groups.parquet")
-    found = mrbench(
-        place.samples, place.images, groups, place.store.image, painters, p, drawing, seed=params.seed, out=work,
-        similarity=similarity(params),
-    )  # fmt: skip
-    write_json(out / "metrics" / "mrbench.json", found.result)
-    write_report(found, place.store.image, out / "reports" / "evaluation.html", about(place, painters))
-    print(summary(out))
-
-
-def protocol_bench(
-    params: Params, protocol: Protocol, folder: Path | None, count: int, data: Path, models: Path, out: Path, work: Path
-) -> dict[str, Any]:
-    """`evaluate` on the samples of another protocol, in the form of `metrics/evaluate.json`, to the file `out`."""
-    print(use_threads(params.threads))
-    place = Place(params, data, models)
-    samples = (dreambench if protocol == "dreambench" else single)(place.images, place.store.image, folder)
-    found = evaluate(
-        protocols.COMPARISON, samples.samples, samples.images, samples.load, place.together(), params.evaluate, seed=params.seed,
-        out=work / protocol, limits={protocol: count}, similarity=similarity(params),
-    )  # fmt: skip
-    write_json(out, found.result)
-    return found.result
-
-
-def about(place: Place, painters: dict[str, Painter]) -> dict[str, str]:
-    """What stands at the end of the report: how to make it again, and hashes of what it was made with."""
-    split = place.data / "split"
-    return {
-        "command": "dvc repro mrbench",
-        "checkpoint": f"models/{STAGE}/{WEIGHTS} {place.hashes['easyref'][0]}",
-        "samples": sha256_file(split / "samples.parquet"),
-        "images": sha256_json(sorted(place.images["sha256"])),
-        "references in training": str(place.params.finetune_multi.max_references),
-        **{f"drawing: {name}": sha256_json(painter.made_with) for name, painter in painters.items()},
-    }
-
-
-def similarity(params: Params) -> list[Similarity]:
-    """The configured models, loaded."""
-    from easyref.data.hub import ArcFace, HubImages, HubTexts
-
-    p, found = params.mrbench, []
-    if p.clip:
-        found.append(Similarity("clip", HubImages(p.clip), HubTexts(p.clip, 32)))
-    if p.dino:
-        found.append(Similarity("dino", HubImages(p.dino), None))
-    if p.face:
-        found.append(Similarity("face", ArcFace(Path(p.face)), None))
-    return found
