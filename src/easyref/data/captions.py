@@ -1,10 +1,11 @@
-"""Captions from labels. What a group shares can be hidden, so that the references must carry it."""
+"""Captions from labels. What a group shares can be hidden, so that the references must carry it; not in the words of a heap's image,
+which are one caption and have no labels."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-GIVEN = "given"  # category of an image whose concept is the group that its source names
+GIVEN = "given"  # category of an image of a heap whose concept is the group that its source names; without such a group it has none
 LABELS = ("subject", "gender", "tone", "style", "colors")
 #: What the members of a group have in common, by kind: the prompt of a sample leaves it out.
 SHARED = {
@@ -16,6 +17,8 @@ SHARED = {
 
 def caption(labels: Mapping[str, str], hide: Collection[str] = ("colors",)) -> str:
     """`farmer, woman, dark skin, twemoji style`, without the labels named in `hide`; never empty."""
+    if labels.get("category") in ("", GIVEN):
+        return labels["subject"]
     shown = {name: labels[name] for name in LABELS if labels[name] and name not in hide}
     words = [shown.get("subject", "emoji"), shown.get("gender", "")]
     words += [f"{shown['tone']} skin" if "tone" in shown else "", f"{shown['style']} style" if "style" in shown else ""]

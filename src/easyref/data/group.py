@@ -93,6 +93,8 @@ def _groups_of_kind(images: pl.DataFrame, kind: str, params: Group) -> pl.DataFr
         images = images.filter(pl.col("tone") == "")
     if kind == "given":
         images = images.filter(pl.col("category") == GIVEN)
+    if kind == "style":  # images of a heap have no label of it
+        images = images.filter(pl.col("style") != "")
     if kind == "person":
         images = images.filter((pl.col("tone") != "") & (pl.col("gender") != ""))
     table = images.group_by(keys).agg(pl.col("sha256").sort().alias("members"), pl.col("style").n_unique().alias("styles"))

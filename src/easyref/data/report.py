@@ -18,7 +18,7 @@ _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>easyref: the data</title><style>{{ style }}</style></head><body><main>
 <h1>The data</h1>
-<p>{{ images }} images in {{ shards }} shards, {{ groups }} groups{% if splits %};
+<p>{{ images }} images in {{ shards }} shard{{ "s" if shards > 1 }}, {{ groups }} groups{% if splits %};
 {% for name, n in splits %}{{ name | words }} {{ n }}{{ ", " if not loop.last }}{% endfor %}{% endif %}.
 Licences: {% for name, n in licences %}{{ name }} {{ n }}{{ ", " if not loop.last
 }}{% endfor %}.</p>
@@ -94,7 +94,7 @@ def _kind(p: Report, store: ImageStore, groups: pl.DataFrame, seed: int) -> dict
 
 
 def contact_sheet(p: Report, store: ImageStore, groups: list[dict[str, Any]]) -> Image.Image:
-    """A row a group: its first members, and how many more there are."""
+    """A row a group: its first members, and beside the last how alike they are and how many more there are."""
     from PIL import ImageDraw
 
     step = TILE + GAP
@@ -107,21 +107,21 @@ def contact_sheet(p: Report, store: ImageStore, groups: list[dict[str, Any]]) ->
             sheet.paste(image, (x * step + (TILE - image.width) // 2, y * step + (TILE - image.height) // 2))
         more = len(group["members"]) - p.members
         lines = ([f"{group['cohesion']:.2f}"] if group.get("cohesion") is not None else []) + ([f"+{more}"] if more > 0 else [])
-        draw.text((p.members * step + 8, y * step + 8), "\n".join(lines), "#69717c")
+        draw.text((min(p.members, len(group["members"])) * step + 4, y * step + 8), "\n".join(lines), "#69717c", font_size=15)
     return sheet
 
 
 def _plot(images: pl.DataFrame, groups: pl.DataFrame) -> Image.Image:
-    """Histograms: shorter side, aspect, members of a group by kind."""
+    """Histograms: longer side (the shorter is `ingest.size`), aspect, members of a group by kind."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(10.4, 2.8), dpi=110)
-    shorter = images.select(pl.min_horizontal("width", "height"))["width"]
-    axes[0].hist(shorter, bins=30, color="#2f6fb0")
-    axes[0].set_title("shorter side, pixels", fontsize=10)
+    longer = images.select(pl.max_horizontal("width", "height"))["width"]
+    axes[0].hist(longer, bins=30, color="#2f6fb0")
+    axes[0].set_title("longer side, pixels", fontsize=10)
     axes[1].hist(images["width"] / images["height"], bins=30, color="#2f6fb0")
     axes[1].set_title("aspect, width / height", fontsize=10)
     sizes = groups.with_columns(size=pl.col("members").list.len())

@@ -48,13 +48,14 @@ def split_images(store: ImageStore, groups: pl.DataFrame, params: Split, seed: i
         {**g, "split": name, "members": members}
         for g in groups.sort("group_id").iter_rows(named=True)
         for name in ("held_out", "train")
-        if len(members := [m for m in g["members"] if side[m] == name]) >= (3 if g["kind"] == "subject" else 4)
+        if len(members := [m for m in g["members"] if side[m] == name]) >= (2 if _is_learned(g) else _least(g["kind"]))
     ]
     shas = images["sha256"].to_list()
     has_twin = {shas[i] for i, j in near if i != j}
     samples = []
     for name, count in (("held_out", params.held_out_groups), ("held_in", params.held_in_groups)):
-        chosen = _balanced([p for p in parts if p["split"] == ("held_out" if name == "held_out" else "train")], count, seed)
+        of_side = [p for p in parts if p["split"] == ("held_out" if name == "held_out" else "train")]
+        chosen = _balanced([p for p in of_side if len(p["members"]) >= _least(p["kind"])], count, seed)
         for group in chosen:
             rng = random.Random(f"{seed}/samples/{group['group_id']}")
             targets = [m for m in group["members"] if m not in has_twin or name == "held_out"]
@@ -74,6 +75,16 @@ def split_images(store: ImageStore, groups: pl.DataFrame, params: Split, seed: i
         "groups": pl.DataFrame([p for p in parts if len(p["members"]) >= 2]).select(columns),
         "samples": pl.DataFrame([_sample(s, store, params.max_references, seed) for s in samples]),
     }
+
+
+def _is_learned(group: dict) -> bool:
+    """Two members are enough for training then, as `group.likeness` says."""
+    return group.get("cohesion") is not None
+
+
+def _least(kind: str) -> int:
+    """Members of a group that samples are drawn from."""
+    return 3 if kind == "subject" else 4
 
 
 def _sample(sample: dict, store: ImageStore, most: int, seed: int) -> dict:
