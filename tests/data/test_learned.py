@@ -50,13 +50,14 @@ def test_similar_pairs_are_those_of_brute_force(tmp_path: Path, monkeypatch: pyt
 
 def test_most_pairs_are_found_where_cells_are_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neighbours, "CELL", 128)
+    monkeypatch.setattr(neighbours, "PROBES", 2)  # .97 if only one of two may see the other
     vectors, truth = plant(16000, tmp_path / "vectors.npy")
     cells = make_cells(vectors, tmp_path / "cells.npy")
     assert len(cells) == 125
     one, other, _ = similar_pairs(cells, 0.5, 16)
     found = set(zip(one.tolist(), other.tolist(), strict=True))
     planted = [(a, b) for g in truth for i, a in enumerate(sorted(g)) for b in sorted(g)[i + 1 :]]
-    assert np.mean([pair in found for pair in planted]) > 0.97
+    assert np.mean([pair in found for pair in planted]) > 0.98
 
 
 def test_planted_groups_come_back_whatever_the_workers(tmp_path: Path) -> None:
