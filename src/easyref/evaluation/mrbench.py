@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ from easyref.config import Evaluate, MRBench
 from easyref.data.captions import SHARED, caption
 from easyref.evaluation import metrics
 from easyref.evaluation.evaluate import Comparison, Evaluated, evaluate, summary
-from easyref.evaluation.generations import Case, Load, Method, Painter, make_images
+from easyref.evaluation.generations import Case, Images, Load, Method, Painter, make_images
 from easyref.evaluation.judges import Similarity
+
+#: Cases and methods → their images and what failed.
+Draw = Callable[[Sequence[Case], Sequence[Method]], tuple[Images, list[str]]]
 
 COMPARISON = Comparison(
     (
@@ -59,20 +63,19 @@ def mrbench(
     found = evaluate(COMPARISON, samples, images, load, painters, drawing, seed=seed, out=out, similarity=similarity)
     names = COMPARISON.names
     found.result["distribution"] = {s: found.judge.distribution(cases, found.images, names) for s, cases in found.cases.items()}
-    found.result["diversity"] = _diversity(found, load, painters, p, drawing, seed, out)
-    found.result["counts"] = _counts(found, images, groups, load, painters, p, drawing, seed, out)
+    draw = partial(make_images, load=load, painters=painters, out=out, batch=drawing.batch)
+    found.result["diversity"] = _diversity(found, draw, p, drawing.bootstrap, seed)
+    found.result["counts"] = _counts(found, draw, _large_cases(images, groups, p, seed), p, drawing.bootstrap, seed)
     found.result["settings"] |= p.model_dump()
     return found
 
 
-def _diversity(
-    found: Evaluated, load: Load, painters: Mapping[str, Painter], p: MRBench, drawing: Evaluate, seed: int, out: Path
-) -> dict[str, Any] | None:
+def _diversity(found: Evaluated, draw: Draw, p: MRBench, resamples: int, seed: int) -> dict[str, Any] | None:
     """`metrics.diversity` of the first held-out samples drawn with `p.seeds` seeds, by method, with intervals; of the samples' real
     images, target and references, too."""
     chosen, methods = found.cases["held_out"][: p.seed_samples], COMPARISON.methods[:2]
     variants = {case: [case, *(replace(case, seed=case.seed + n) for n in range(1, p.seeds))] for case in chosen}
-    made, _ = make_images([v for vs in variants.values() for v in vs], methods, load, painters, out, drawing.batch)
+    made, _ = draw([v for vs in variants.values() for v in vs], methods)
     whole = [case for case, vs in variants.items() if all((v, methods[0].name) in made for v in vs)]
     if not whole:
         return None
@@ -82,7 +85,7 @@ def _diversity(
     groups = [case.group_id for case in whole]
     return {
         **{
-            name: metrics.bootstrap_mean(metrics.diversity(f, real.mean_E), groups, seed=seed, resamples=drawing.bootstrap)
+            name: metrics.bootstrap_mean(metrics.diversity(f, real.mean_E), groups, seed=seed, resamples=resamples)
             for name, f in features.items()
         },
         "seeds": p.seeds,
@@ -90,24 +93,20 @@ def _diversity(
     }
 
 
-def _counts(
-    found: Evaluated, images: pl.DataFrame, groups: pl.DataFrame, load: Load, painters: Mapping[str, Painter], p: MRBench,
-    drawing: Evaluate, seed: int, out: Path,
-) -> dict[str, Any] | None:  # fmt: skip
+def _counts(found: Evaluated, draw: Draw, cases: list[Case], p: MRBench, resamples: int, seed: int) -> dict[str, Any] | None:
     """The same held-out samples with 1, 2, 4 … of their references: number of references → metric → entry of the table."""
-    cases = _large_cases(images, groups, p, seed)
     if not cases:
         print(f"counts: no held-out group has {max(p.counts) + 1} images; left out (mrbench.counts)")
         return None
     entries: dict[str, Any] = {}
     for count in p.counts:
         fewer = [replace(case, right=case.right[:count], captions=case.captions[:count]) for case in cases]
-        made, _ = make_images(fewer, COUNTED.methods, load, painters, out, drawing.batch)
+        made, _ = draw(fewer, COUNTED.methods)
         # Judged beside all references, however many were given.
         images_of = {(case, m): made[few, m] for case, few in zip(cases, fewer, strict=True) for m in COUNTED.names if (few, m) in made}
         done = [case for case in cases if (case, COUNTED.own) in images_of]
         scores = found.judge.scores(done, images_of, COUNTED.names)
-        entries[str(count)] = summary(COUNTED, done, scores, found.judge.metrics, drawing.bootstrap, seed)
+        entries[str(count)] = summary(COUNTED, done, scores, found.judge.metrics, resamples, seed)
     return entries
 
 
