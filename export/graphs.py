@@ -5,6 +5,8 @@ unet          sample, timestep, encoder_hidden_states, text_embeds, time_ids, re
 reference_kv  tokens, scale → packed keys and values of all layers. λ is folded into the values (the output is linear in them), so the
               UNet needs no scale input and a scale per layer costs nothing.
 vae_decoder   latents → image.
+text_encoder, text_encoder_2
+              token ids → the states that SDXL reads; the second one's pooled states too.
 vision, prefix, aggregator
               the reference encoder in three parts (easyref/model/flat.py), for any number and size of references.
 
@@ -16,6 +18,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +28,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from easyref.model.attention import kv_layout, pack_reference_kv, packed_width, reference_kv
-from easyref.model.flat import Aggregator, Prefix, Vision, flat_inputs
+from easyref.model.flat import Aggregator, Prefix, Text, Vision, flat_inputs
+from easyref.model.reference import ReferenceEncoder, ReferenceProcessor
 from easyref.pipeline import EasyRef
 
+EXTERNAL = 2**30  # bytes of weights from which they lie in a file of their own: a protobuf ends at 2 GiB
 MAX_BATCH = 16  # the exporter needs a bound below 64, where diffusers' upsampling takes another branch
 
 
@@ -87,52 +92,95 @@ class Cast(nn.Module):
 
 @dataclass(frozen=True)
 class Graph:
-    """One graph: module, example inputs by name, which of their axes are free, name of the output."""
+    """One graph: module, example inputs by name, which of their axes are free, names of the outputs."""
 
     name: str
     module: nn.Module
     inputs: dict[str, Tensor]
     free: dict[str, dict[int, Any]]
-    output: str
+    outputs: tuple[str, ...]
     cases: Sequence[tuple[str, dict[str, Tensor]]] = ()  # inputs to verify with; none: they are drawn
 
 
 def graphs(easyref: EasyRef) -> list[Graph]:
+    """All graphs of one EasyRef."""
+    pipe, encoder = easyref.pipe, easyref.encoder
+    assert isinstance(encoder, ReferenceEncoder)
+    easyref.adapter.set_scale(1.0)
+    return [
+        *unet_graphs(pipe.unet, encoder.config.num_tokens),
+        decoder_graph(pipe.vae, pipe.unet.dtype),
+        *text_graphs(pipe),
+        *encoder_graphs(encoder, easyref.processor),
+    ]
+
+
+def unet_graphs(unet: Any, tokens_T: int) -> list[Graph]:
     """Examples have a batch of two and odd sizes: at even ones the exporter fixes every upsampling to a factor of two."""
-    pipe, tokens_T = easyref.pipe, easyref.encoder.config.num_tokens
-    unet, vae = pipe.unet.eval(), pipe.vae.eval()
+    unet.eval()
     if unet.dtype == torch.float16:
         unet.add_time_proj = Cast(unet.add_time_proj, unet.dtype)
-        if vae.config.force_upcast:  # SDXL's overflows in half precision
-            vae.float()
-    easyref.adapter.set_scale(1.0)
-    c = unet.config
-    layout = kv_layout(unet)
-    b, h, w, length = torch.export.Dim("b", min=1, max=MAX_BATCH), torch.export.Dim("h"), torch.export.Dim("w"), torch.export.Dim("l")
-    rng = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=rng).to(unet.dtype)
-
-    pooled = pipe.text_encoder_2.config.projection_dim
-    latents = draw(2, c.in_channels, 9, 11)
-    unet_inputs = {
-        "sample": latents, "timestep": torch.tensor(500), "encoder_hidden_states": draw(2, 7, c.cross_attention_dim),
-        "text_embeds": draw(2, pooled), "time_ids": draw(2, 6), "reference_kv": draw(2, tokens_T, packed_width(layout)),
+    c, layout = unet.config, kv_layout(unet)
+    pooled = c.projection_class_embeddings_input_dim - 6 * c.addition_time_embed_dim
+    draw = partial(_draw, torch.Generator().manual_seed(0), unet.dtype)
+    b, length = _batch(), torch.export.Dim("l")
+    inputs = {
+        "sample": draw(2, c.in_channels, 9, 11), "timestep": torch.tensor(500),
+        "encoder_hidden_states": draw(2, 7, c.cross_attention_dim), "text_embeds": draw(2, pooled), "time_ids": draw(2, 6),
+        "reference_kv": draw(2, tokens_T, packed_width(layout)),
     }  # fmt: skip
     return [
         Graph(
-            "unet", UNet(unet), unet_inputs,
-            {"sample": {0: b, 2: h, 3: w}, "timestep": {}, "encoder_hidden_states": {0: b, 1: length}, "text_embeds": {0: b},
-             "time_ids": {0: b}, "reference_kv": {0: b}}, "noise",
+            "unet", UNet(unet), inputs,
+            {"sample": {0: b, **_sides()}, "timestep": {}, "encoder_hidden_states": {0: b, 1: length}, "text_embeds": {0: b},
+             "time_ids": {0: b}, "reference_kv": {0: b}}, ("noise",),
         ),
         Graph(
             "reference_kv", ReferenceKV(unet), {"tokens": draw(2, tokens_T, c.cross_attention_dim), "scale": torch.ones(len(layout))},
-            {"tokens": {0: b}, "scale": {}}, "reference_kv",
+            {"tokens": {0: b}, "scale": {}}, ("reference_kv",),
         ),
-        Graph("vae_decoder", Decoder(vae), {"latents": latents}, {"latents": {0: b, 2: h, 3: w}}, "image"),
-        *encoder_graphs(easyref),
     ]  # fmt: skip
+
+
+def decoder_graph(vae: Any, dtype: torch.dtype) -> Graph:
+    """`dtype`: of the latents."""
+    vae.eval()
+    if dtype == torch.float16 and vae.config.force_upcast:  # SDXL's overflows in half precision
+        vae.float()
+    latents = _draw(torch.Generator().manual_seed(0), dtype, 2, vae.config.latent_channels, 9, 11)
+    return Graph("vae_decoder", Decoder(vae), {"latents": latents}, {"latents": {0: _batch(), **_sides()}}, ("image",))
+
+
+#: Prompts of a batch that is verified; the last one is cut at the tokenizer's end.
+PROMPTS = (["a cat in blue, standing on a chair", ""], ["farmer"], ["a very long prompt " * 40, "farmer", "cat"])
+
+
+def text_graphs(pipe: Any) -> list[Graph]:
+    found = []
+    for name, tokenizer in (("text_encoder", pipe.tokenizer), ("text_encoder_2", pipe.tokenizer_2)):
+        encoder = getattr(pipe, name).eval()
+        cases = [(f"{len(p)} prompts", {"input_ids": text_ids(tokenizer, p)}) for p in PROMPTS]
+        outputs = ("states", "pooled") if hasattr(encoder, "text_projection") else ("states",)
+        found.append(Graph(name, Text(encoder), cases[0][1], {"input_ids": {0: _batch()}}, outputs, cases))
+    return found
+
+
+def text_ids(tokenizer: Any, prompts: list[str]) -> Tensor:
+    """As the pipeline makes them: always of full length."""
+    most = tokenizer.model_max_length
+    return tokenizer(prompts, padding="max_length", max_length=most, truncation=True, return_tensors="pt").input_ids
+
+
+def _draw(rng: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=rng).to(dtype)
+
+
+def _batch() -> Any:
+    return torch.export.Dim("b", min=1, max=MAX_BATCH)
+
+
+def _sides() -> dict[int, Any]:
+    return {2: torch.export.Dim("h"), 3: torch.export.Dim("w")}
 
 
 def shapes_of(easyref: EasyRef) -> dict[str, Any]:
@@ -153,19 +201,21 @@ REFERENCES = ((2, 3), (1,), (2,), (8, 1), (24,))
 
 
 @torch.no_grad()
-def encoder_graphs(easyref: EasyRef) -> list[Graph]:
+def encoder_graphs(
+    encoder: ReferenceEncoder, processor: ReferenceProcessor, references: Sequence[tuple[int, ...]] = REFERENCES
+) -> list[Graph]:
     """Cases are batches of images of several sizes and prompts of several lengths, through the processor of a real run."""
-    encoder = easyref.encoder.eval()
+    encoder.eval()
     vision, prefix, aggregator = Vision(encoder), Prefix(encoder), Aggregator(encoder)
     rng = np.random.default_rng(0)
     found: dict[str, list[tuple[str, dict[str, Tensor]]]] = {"vision": [], "prefix": [], "aggregator": []}
-    for counts in REFERENCES:
+    for counts in references:
         if max(counts) > encoder.config.max_references:
             continue
         sizes = [[tuple(rng.integers(48, 144, 2)) for _ in range(count)] for count in counts]
         images = [[Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)) for size in own] for own in sizes]
         prompts = ["a cat in blue, standing on a chair", "farmer"][: len(counts)]
-        inputs = easyref.processor(images, prompts)
+        inputs = processor(images, prompts)
         weights = [[1.0 + (i % 3) / 2 for i in range(count)] for count in counts]
         see, read = flat_inputs(inputs, encoder.mllm, encoder.config.positions)
         embeds = vision(**see)
@@ -173,9 +223,9 @@ def encoder_graphs(easyref: EasyRef) -> list[Graph]:
         label = f"{' and '.join(map(str, counts))} references"
         found["vision"].append((label, see))
         found["prefix"].append((label, {"input_ids": read.pop("input_ids"), "image_embeds": embeds, **read}))
-        bias = easyref.processor.bias(inputs, weights).to(states.dtype)
+        bias = processor.bias(inputs, weights).to(states.dtype)
         found["aggregator"].append((label, {"states": states, "positions": read["positions"], "mask": read["mask"], "bias": bias}))
-    b, length, n = torch.export.Dim("b", min=1, max=MAX_BATCH), torch.export.Dim("l"), torch.export.Dim("n")
+    b, length, n = _batch(), torch.export.Dim("l"), torch.export.Dim("n")
     m = torch.export.Dim("m")
     merged = encoder.config.merge_size**2 * m
     free: dict[str, dict[str, dict[int, Any]]] = {
@@ -187,26 +237,27 @@ def encoder_graphs(easyref: EasyRef) -> list[Graph]:
     }  # fmt: skip
     outputs = {"vision": "image_embeds", "prefix": "states", "aggregator": "tokens"}
     modules: dict[str, nn.Module] = {"vision": vision, "prefix": prefix, "aggregator": aggregator}
-    return [Graph(name, modules[name], found[name][0][1], free[name], outputs[name], found[name]) for name in modules]
+    return [Graph(name, modules[name], found[name][0][1], free[name], (outputs[name],), found[name]) for name in modules]
 
 
 @torch.no_grad()
 def export_graph(graph: Graph, path: Path, opset: int) -> None:
     """Write `path` (and `path`.data beside it if the weights are large), without the exporter's stack traces and paths."""
     import onnx
+    import onnx_ir
 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it says for every operator that torchvision is missing
     program = torch.onnx.export(
         graph.module.eval(), (), kwargs=graph.inputs, dynamo=True, opset_version=opset, input_names=list(graph.inputs),
-        output_names=[graph.output], dynamic_shapes=graph.free, external_data=False, verbose=False,
+        output_names=list(graph.outputs), dynamic_shapes=graph.free, external_data=False, verbose=False,
     )  # fmt: skip
     assert program is not None
-    model = program.model_proto
-    for node in [*model.graph.node, *(node for function in model.functions for node in function.node)]:
-        del node.metadata_props[:]
-    large = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > 2**30
-    if large:
-        onnx.save_model(model, path, save_as_external_data=True, all_tensors_to_one_file=True, location=f"{path.name}.data")
-    else:
-        onnx.save_model(model, path)
+    model = program.model
+    body: Any
+    for body in [model.graph, *model.functions.values()]:
+        for node in onnx_ir.traversal.RecursiveGraphIterator(body):
+            node.metadata_props.clear()
+    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    # Straight from torch's memory: a second copy of the weights would be too much where one fits
+    onnx_ir.save(model, path, external_data=f"{path.name}.data" if weights > EXTERNAL else None)
     onnx.checker.check_model(str(path))

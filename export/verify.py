@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from easyref.pipeline import EasyRef, Request
-from easyref.runtime import Engines
+from easyref.runtime import Engines, Outputs
 from export.graphs import Graph
 
 
@@ -53,8 +53,12 @@ def cases(graph: Graph) -> Iterator[tuple[str, dict[str, Tensor]]]:
             yield label, values
 
 
+def _several(outputs: Outputs) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
 @torch.no_grad()
-def verify(graph: Graph, run: Callable[..., Tensor], tolerance: float) -> list[Difference]:
+def verify(graph: Graph, run: Callable[..., Outputs], tolerance: float) -> list[Difference]:
     """All cases of one graph, run by an engine of it.
 
     Raises:
@@ -62,13 +66,13 @@ def verify(graph: Graph, run: Callable[..., Tensor], tolerance: float) -> list[D
     """
     found = []
     for case, inputs in cases(graph):
-        ours, theirs = graph.module(**inputs), run(**inputs)
-        largest = (theirs.cpu().double() - ours.double()).abs().max().item() / (ours.abs().max().item() or 1.0)
-        if not largest <= tolerance:  # also not a number
-            raise VerifyError(
-                f"{graph.name}: {graph.output} differs by {largest:.2e} of its largest value at {case}; allowed {tolerance:.0e}"
-            )
-        found.append(Difference(case, largest))
+        for name, ours, theirs in zip(graph.outputs, _several(graph.module(**inputs)), _several(run(**inputs)), strict=True):
+            largest = (theirs.cpu().double() - ours.double()).abs().max().item() / (ours.abs().max().item() or 1.0)
+            if not largest <= tolerance:  # also not a number
+                raise VerifyError(
+                    f"{graph.name}: {name} differs by {largest:.2e} of its largest value at {case}; allowed {tolerance:.0e}"
+                )
+            found.append(Difference(case, largest))
     return found
 
 

@@ -115,7 +115,7 @@ def bench_group(
 
 @bench.command("infer")
 def bench_infer(
-    rounds: Annotated[int, typer.Option(min=3)] = 25,
+    rounds: Annotated[int, typer.Option(min=10)] = 60,
     out: Annotated[Path, typer.Option()] = Path("benchmarks/infer.json"),
 ) -> None:
     """What references cost in a step and when they are encoded, beside the plain UNet and diffusers' IP-Adapter."""
@@ -123,7 +123,25 @@ def bench_infer(
 
     found = run(out, str(MODELS / "base" / "mllm"), rounds)
     for name in ("adapter_over_plain", "adapter_over_diffusers_ip_adapter", "new_prompt_over_first_encode"):
-        print(f"{name} {found[name]:.3f}")
+        low, high = found["intervals"][name]
+        print(f"{name} {found[name]:.3f} ({low:.3f} to {high:.3f})")
+
+
+@bench.command("export")
+def bench_export(
+    params: ParamsFile = Path("presets/sdxl.yaml"),
+    folder: Annotated[Path, typer.Option(help="For the graphs, while they are needed: 10 GiB for SDXL.")] = WORK / "bench_export",
+    out: Annotated[Path, typer.Option()] = Path("benchmarks/export.json"),
+) -> None:
+    """Time, memory and bytes of the export of a preset's models, and of loading it, with random weights."""
+    _project()
+    from easyref.config import load_params
+    from export.bench import bench_export as run
+
+    found = run(load_params(params), MODELS / "base", folder, out)
+    for name, row in found["graphs"].items():
+        size = sum(row["files_gib"].values())
+        print(f"{name}: {size:.2f} GiB in {row['export_s']:.0f} s, loaded in {row['load_s']:.0f} s, {row['difference']:.1e} off")
 
 
 ImageFolder = Annotated[Path | None, typer.Argument(help="Its images (easyref/evaluation/protocols.py); none: held-out ones.")]

@@ -80,6 +80,8 @@ def ranges(name: str, sizes: Sizes, shapes: dict[str, Any]) -> dict[str, Range]:
         "unet": {"b": guided, "h": h, "w": w, "l": sizes.text},
         "reference_kv": {"b": sizes.batch},
         "vae_decoder": {"b": sizes.batch, "h": h, "w": w},
+        "text_encoder": {"b": sizes.batch},
+        "text_encoder_2": {"b": sizes.batch},
         "vision": {"n": images, "m": shapes["merged"]},
         "prefix": {"b": sizes.batch, "l": context, "n": images, "m": shapes["merged"]},
         "aggregator": {"b": sizes.batch, "l": context},
@@ -301,7 +303,7 @@ def check_shape(name: str, shape: tuple[int, ...], least: tuple[int, ...], large
 
 
 class TensorRTEngine:
-    """One plan: tensors in by name, one tensor out, all on the GPU. With `cuda_graph` the last shapes are replayed, not launched."""
+    """One plan: tensors in by name, a tensor out or several, all on the GPU. With `cuda_graph` the last shapes are replayed."""
 
     def __init__(self, plan: Path, cuda_graph: bool = False) -> None:
         self.trt = trt = load()
@@ -312,11 +314,15 @@ class TensorRTEngine:
         self.engine, self.context = engine, engine.create_execution_context()
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         self.inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
-        (self.output,) = [name for name in names if name not in self.inputs]
+        self.outputs = [name for name in names if name not in self.inputs]
         self.shapes: tuple[tuple[int, ...], ...] = ()  # that `replay` is of: another one changes the context below it
-        self.replay: tuple[torch.cuda.CUDAGraph, dict[str, Tensor], Tensor] | None = None
+        self.replay: tuple[torch.cuda.CUDAGraph, dict[str, Tensor], list[Tensor]] | None = None
 
-    def __call__(self, **inputs: Tensor) -> Tensor:
+    def __call__(self, **inputs: Tensor) -> Any:
+        first, *others = self._run(inputs)
+        return (first, *others) if others else first
+
+    def _run(self, inputs: dict[str, Tensor]) -> list[Tensor]:
         given = {name: inputs[name].to("cuda", self._dtype(name)).contiguous() for name in self.inputs}
         shapes = tuple(tuple(given[name].shape) for name in self.inputs)
         if self.replay is None or shapes != self.shapes:
@@ -331,18 +337,20 @@ class TensorRTEngine:
         for name, tensor in given.items():
             held[name].copy_(tensor)
         graph.replay()
-        return out.clone()
+        return [tensor.clone() for tensor in out]
 
-    def _bind(self, given: dict[str, Tensor]) -> Tensor:
+    def _bind(self, given: dict[str, Tensor]) -> list[Tensor]:
         context = self.context
         for name, tensor in given.items():
             context.set_input_shape(name, tuple(tensor.shape))
             context.set_tensor_address(name, tensor.data_ptr())
-        out = torch.empty(tuple(context.get_tensor_shape(self.output)), dtype=self._dtype(self.output), device="cuda")
-        context.set_tensor_address(self.output, out.data_ptr())
+        out = []
+        for name in self.outputs:
+            out.append(torch.empty(tuple(context.get_tensor_shape(name)), dtype=self._dtype(name), device="cuda"))
+            context.set_tensor_address(name, out[-1].data_ptr())
         return out
 
-    def _launch(self, given: dict[str, Tensor]) -> Tensor:
+    def _launch(self, given: dict[str, Tensor]) -> list[Tensor]:
         out = self._bind(given)
         if not self.context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
             raise EngineError(f"{self.plan}: TensorRT did not run it; its log above says why")
@@ -381,4 +389,4 @@ def engines(graphs: Path, plans: Path, cuda_graph: bool = False) -> Engines:
         if about["graph"] != graph_digest(manifest, name):
             raise EngineError(f"{plans / name}.plan: of other graphs than those of {graphs}; `easyref trt build`")
         made[name] = TensorRTEngine(plans / f"{name}.plan", cuda_graph and name == "unet")
-    return Engines(made, "cuda")
+    return Engines(made, manifest, f"tensorrt {trt.__version__}", "cuda")

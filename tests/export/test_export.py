@@ -13,12 +13,15 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from easyref.cli import app
+from easyref.config import load_params
 from easyref.pipeline import EasyRef
 from easyref.records import read_json
-from easyref.runtime import Engine, EngineError, Engines, check_graphs
+from easyref.runtime import NAMES, Engine, EngineError, Engines, check_graphs
 from easyref.trt import Sizes, profile, ranges
+from export import graphs as making
 from export.__main__ import fresh, inputs_of, run
-from export.graphs import Graph, graphs
+from export.bench import export_part, load_graph
+from export.graphs import Graph, export_graph, graphs
 from export.verify import VerifyError, cases, verify, verify_images
 
 pytestmark = pytest.mark.long
@@ -110,14 +113,56 @@ def test_graphs_that_are_not_whole_are_refused(out: Path, tmp_path: Path) -> Non
         Engines.onnxruntime(torn)
 
 
+def test_graphs_of_another_checkpoint_are_refused(out: Path, tmp_path: Path) -> None:
+    """They have all the weights: what the checkpoint says would not be drawn."""
+    other = tmp_path / "pretrain"
+    shutil.copytree(CHECKPOINT, other)
+    with open(other / "easyref.safetensors", "r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"0000")
+    with pytest.raises(EngineError, match=r"easyref.safetensors: not what the graphs were made of; `easyref export .*pretrain`"):
+        EasyRef.from_pretrained(other, base="models", engines=Engines.onnxruntime(out))
+
+
+def test_with_graphs_no_weights_are_loaded(out: Path) -> None:
+    easyref = EasyRef.from_pretrained(CHECKPOINT, engines=Engines.onnxruntime(out))
+    pipe = easyref.pipe
+    modules = (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, easyref.encoder.mllm)
+    assert {p.device.type for module in modules for p in module.parameters()} == {"meta"}
+
+
+def test_large_weights_lie_beside_the_graph(made: dict[str, Graph], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(making, "EXTERNAL", 0)
+    graph = made["reference_kv"]
+    (tmp_path / "a").mkdir()
+    export_graph(graph, tmp_path / "a" / "reference_kv.onnx", 20)
+    weights = sum(p.nbytes for name, p in graph.module.named_parameters() if "_ip" in name)
+    (tmp_path / "a").rename(tmp_path / "b")  # the graph names its file, no place
+    files = {path.name: path.stat().st_size for path in (tmp_path / "b").iterdir()}
+    assert files.keys() == {"reference_kv.onnx", "reference_kv.onnx.data"}
+    assert files["reference_kv.onnx.data"] >= weights > 10 * files["reference_kv.onnx"]
+    verify(graph, Engine(tmp_path / "b" / "reference_kv.onnx"), 1e-4)
+
+
+def test_bench_export_makes_models_of_shapes_alone(tmp_path: Path) -> None:
+    """The smallest part of the nano preset, as `easyref bench export` measures it."""
+    found = export_part(load_params("presets/nano.yaml"), Path("models/base"), "vae_decoder", tmp_path / "graphs", 20)
+    ((name, row, inputs, expected),) = found["graphs"]
+    path = tmp_path / "graphs" / f"{name}.onnx"
+    assert row["files_gib"][path.name] > 0 and found["parameters"] > 100_000 and expected.std() > 0
+    assert load_graph(path, inputs, expected)["difference"] < 0.01
+    with pytest.raises(RuntimeError, match=r"vae_decoder.onnx: .* off torch's; these graphs are not right"):
+        load_graph(path, inputs, 1.2 * expected)
+
+
 def test_trt_commands_run_on_the_cpu(out: Path, tmp_path: Path) -> None:
     """The same commands without a GPU: what would be built, and ONNX Runtime in the place of the engines."""
     words = ["trt", "build", "--dry-run", "--onnx-dir", str(out), "--size", "64:64:128", "--text", "24", "--references", "1:2:8"]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
-    assert done.output.count(".plan, key") == 6 and "  sample: 1x8x8x8, 2x8x8x8, 8x8x16x16\n" in done.output
+    assert done.output.count(".plan, key") == len(NAMES) and "  sample: 1x8x8x8, 2x8x8x8, 8x8x16x16\n" in done.output
     done = CliRunner().invoke(app, ["trt", "verify", str(CHECKPOINT), "--onnx-dir", str(out), "--provider", "cpu", "--rtol", "1e-4"])
-    assert done.exit_code == 0 and done.output.count(" cases, at most ") == 6, done.output
+    assert done.exit_code == 0 and done.output.count(" cases, at most ") == len(NAMES), done.output
     Image.new("RGB", (70, 50), "red").save(tmp_path / "a.png")
     words = ["trt", "run", "--ref", str(tmp_path / "a.png"), "--model", str(CHECKPOINT), "--provider", "cpu", "--onnx-dir", str(out)]
     done = CliRunner().invoke(app, [*words, "--denoising-steps", "2", "--output-dir", str(tmp_path / "out")])
@@ -144,7 +189,7 @@ def test_profiles_hold_for_the_graphs(out: Path) -> None:
 def test_half_precision_is_as_good_as_it_can_be(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run(CHECKPOINT, tmp_path / "half", 20, "fp16")
     assert "images: at most " in capsys.readouterr().out
-    for name in ("unet", "vision", "prefix", "aggregator", "reference_kv", "vae_decoder"):
+    for name in NAMES:
         tensors = onnx.load(tmp_path / "half" / f"{name}.onnx").graph.initializer
         kinds = {tensor.data_type for tensor in tensors if np.prod(tensor.dims) > 4096}  # smaller ones: frequencies of sinusoids
         assert kinds == {onnx.TensorProto.FLOAT16}, name
@@ -157,4 +202,5 @@ def test_the_proof_of_a_machine_goes_the_same_way_on_the_cpu(out: Path, tmp_path
     assert done.returncode == 0, done.stderr
     found = read_json(tmp_path / "proof.json")
     assert f"{tmp_path / 'onnx'}: up to date" in done.stdout and set(found["image_ms_of_8_steps"]) == {"torch", "engines"}
-    assert len(found["largest_difference"]) == 6 and max(found["largest_difference"].values()) < 1e-4 and found["image_difference"] <= 2
+    worst = found["largest_difference"]
+    assert set(worst) == set(NAMES) and max(worst.values()) < 1e-4 and found["image_difference"] <= 2

@@ -23,8 +23,10 @@ def test_easyref_and_ip_adapter_draw_with_the_same_unet() -> None:
 
 @pytest.mark.long
 def test_bench_infer_writes_ratios(tmp_path: Path) -> None:
-    done = CliRunner().invoke(app, ["bench", "infer", "--rounds", "3", "--out", str(tmp_path / "infer.json")])
+    done = CliRunner().invoke(app, ["bench", "infer", "--rounds", "10", "--out", str(tmp_path / "infer.json")])
     assert done.exit_code == 0, done.output
     found = read_json(tmp_path / "infer.json")
     assert 0 < found["new_prompt_over_first_encode"] < 0.5 < found["adapter_over_plain"] < 2
+    for name, (low, high) in found["intervals"].items():
+        assert low <= found[name] <= high
     assert found["median_ms"].keys() == {"plain", "easyref", "diffusers_ip_adapter", "first_encode", "new_prompt"}

@@ -4,7 +4,8 @@ A step: a UNet of SDXL's arrangement and more than 20 M parameters, plain; with 
 image; and with diffusers' own IP-Adapter processors, which project the tokens in each step. 64 reference tokens, guidance on.
 Encoding: a Qwen2-VL of middle size, 8 references of the paper's size; all of it, then a new prompt for the same references.
 
-Ratios are medians over rounds, in each of which every method runs once, in turn.
+Times are CPU time of one thread, which other programs on the machine do not lengthen as they do wall time. Ratios are medians over
+rounds, in each of which every method runs once, in turn; with the exact 95 % interval of the median.
 """
 
 from __future__ import annotations
@@ -19,40 +20,45 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from scipy.stats import quantile_test
 
 from easyref.model.adapter import Adapter
 from easyref.model.attention import kv_layout
-from easyref.model.reference import ReferenceConfig, ReferenceEncoder, ReferenceProcessor, ReferenceSample
+from easyref.model.reference import PrefixStart, ReferenceConfig, ReferenceEncoder, ReferenceProcessor, ReferenceSample
 from easyref.progress import machine, track
 from easyref.records import write_json
 
 TOKENS, TEXT, WIDTH, SIDE = 64, 77, 512, 32  # reference tokens, text tokens, cross-attention width, latents' side
 REFERENCES, PIXELS = 8, 336  # images of a sample and their side
+RATIOS = {
+    "adapter_over_plain": ("easyref", "plain"), "adapter_over_diffusers_ip_adapter": ("easyref", "diffusers_ip_adapter"),
+    "new_prompt_over_first_encode": ("new_prompt", "first_encode"),
+}  # fmt: skip
 
 
 @torch.no_grad()
-def bench_infer(out: Path, tokenizer: str, rounds: int = 25) -> dict[str, Any]:
+def bench_infer(out: Path, tokenizer: str, rounds: int = 60) -> dict[str, Any]:
     """Measure and write `out`. `tokenizer`: a folder with a Qwen2-VL tokenizer."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)
     step, parameters = step_methods()
     encode = encode_methods(tokenizer)
     took = {**_measure(step, rounds, "bench: steps"), **_measure(encode, max(5, rounds // 3), "bench: encode")}
     ms = {name: 1000 * statistics.median(values) for name, values in took.items()}
+    pairs = {name: [a / b for a, b in zip(took[one], took[other], strict=True)] for name, (one, other) in RATIOS.items()}
     result = {
-        "adapter_over_plain": _ratio(took, "easyref", "plain"),
-        "adapter_over_diffusers_ip_adapter": _ratio(took, "easyref", "diffusers_ip_adapter"),
-        "new_prompt_over_first_encode": _ratio(took, "new_prompt", "first_encode"),
+        **{name: round(statistics.median(values), 4) for name, values in pairs.items()},
+        "intervals": {name: _interval(values) for name, values in pairs.items()},
         "median_ms": {name: round(value, 2) for name, value in ms.items()},
         "unet_parameters": parameters, "reference_tokens": TOKENS, "references": REFERENCES, "rounds": rounds,
-        "threads": torch.get_num_threads(), **machine("torch", "diffusers", "transformers"),
+        "threads": 1, "clock": "CPU time", **machine("torch", "diffusers", "transformers"),
     }  # fmt: skip
     write_json(out, result)
     return result
 
 
-def _ratio(took: dict[str, list[float]], one: str, other: str) -> float:
-    """Median of the ratios within a round: what slows the machine for a while slows both."""
-    return round(statistics.median(a / b for a, b in zip(took[one], took[other], strict=True)), 4)
+def _interval(values: list[float]) -> list[float]:
+    return [round(float(end), 4) for end in quantile_test(values).confidence_interval()]
 
 
 def _measure(methods: dict[str, Callable[[], Any]], rounds: int, title: str) -> dict[str, list[float]]:
@@ -62,9 +68,9 @@ def _measure(methods: dict[str, Callable[[], Any]], rounds: int, title: str) -> 
     for number in track(range(rounds), title, rounds, "rounds"):
         names = list(methods)
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            begin = time.perf_counter()
+            begin = time.process_time()
             methods[name]()
-            took[name].append(time.perf_counter() - begin)
+            took[name].append(time.process_time() - begin)
     return took
 
 
@@ -129,10 +135,9 @@ def encode_methods(tokenizer: str) -> dict[str, Callable[[], Any]]:
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 256, (PIXELS, PIXELS, 3), np.uint8)) for _ in range(REFERENCES)]
     prompt = "a farmer, smiling, in the style of the references"
-    _, (start,) = encoder.prefix_and_starts(processor([images], [prompt]), [REFERENCES])
+    start = encoder.start(processor([images], [prompt]))
 
-    def new_prompt() -> torch.Tensor:
-        inputs = processor.batch([ReferenceSample(start.images, prompt)])
-        return encoder(encoder.prefix_from(start, inputs))
+    def encode(start: PrefixStart) -> torch.Tensor:
+        return encoder(encoder.prefix_from(start, processor.batch([ReferenceSample(start.images, prompt)])))
 
-    return {"first_encode": lambda: encoder(processor([images], [prompt])), "new_prompt": new_prompt}
+    return {"first_encode": lambda: encode(encoder.start(processor([images], [prompt]))), "new_prompt": lambda: encode(start)}

@@ -1,11 +1,12 @@
-"""The reference encoder as three modules with flat tensors in and out, for graphs and engines (ONNX, TensorRT).
+"""The encoders as modules with flat tensors in and out, for graphs and engines (ONNX, TensorRT).
 
-The stock modules do not export: they read lengths of images from tensors and loop over them. Here positions, masks and places are
-inputs that the host computes (`flat_inputs`), images are a batch padded to the longest, and the same weights are walked:
+The stock reference encoder does not export: it reads lengths of images from tensors and loops over them. Here positions, masks and
+places are inputs that the host computes (`flat_inputs`), images are a batch padded to the longest, and the same weights are walked:
 
 vision       patches, place of each in its image, mask        → merged embeddings of each image
 prefix       token ids, embeddings, where they go, positions  → states of all layers but the last
 aggregator   states, positions, mask, bias                    → T tokens
+text         token ids of a CLIP text encoder                 → the states SDXL reads, and with a projection the pooled ones
 
 Letters: B batch · L context tokens · n images · P patches of the longest · M merged embeddings of the longest (P / merge²) ·
 K numbers of a patch · D LLM width · T reference tokens · X cross-attention width · H heads · E head width.
@@ -122,3 +123,27 @@ class Aggregator(nn.Module):
     def forward(self, states: Tensor, positions: Tensor, mask: Tensor, bias: Tensor) -> Tensor:
         """states [B, L, D], positions int64 [3, B, L], mask bool [B, L], bias [B, L] → [B, T, X]."""
         return self.encoder.aggregate(PrefixStates(states, mask.long(), positions), bias)
+
+
+class Text(nn.Module):
+    """A CLIP text encoder as SDXL reads it: the states before the last layer; of one with a projection its pooled states too."""
+
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        self.projection: nn.Module | None = getattr(encoder, "text_projection", None)
+        self.clip: Any = encoder if self.projection is None else encoder.text_model
+
+    def forward(self, input_ids: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """input_ids int64 [B, L] → [B, L, D] (and [B, P])."""
+        clip, (batch, length) = self.clip, input_ids.shape
+        *layers, last = clip.encoder.layers
+        x = clip.embeddings(input_ids)
+        see = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()[None, None]
+        for layer in layers:
+            x = layer(x, see)
+        if self.projection is None:
+            return x
+        normed = clip.final_layer_norm(last(x, see))
+        # transformers' rule: the published configs say 2, for a vocabulary whose end has the largest id
+        ends = input_ids if clip.eos_token_id == 2 else (input_ids == clip.eos_token_id).int()
+        return x, self.projection(normed[torch.arange(batch, device=x.device), ends.argmax(-1)])
