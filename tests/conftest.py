@@ -1,9 +1,13 @@
 """What holds for every test."""
 
+import os
 import sys
+import tempfile
 from collections.abc import Iterator
 
 import pytest
+
+os.environ["EASYREF_CACHE"] = tempfile.mkdtemp(prefix="easyref-test-")  # not the user's
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,8 @@
 """EasyRef: reference images + prompt → images, on torch, inside any SDXL pipeline of diffusers.
 
 The reference encoder runs once a group of references; its tokens become keys and values once an image (not once a step) and
-LoRA is merged into the weights, so a step costs the plain UNet plus one attention over T tokens.
+LoRA is merged into the weights, so a step costs the plain UNet plus one attention over T tokens. What is encoded is kept in memory
+and, with `cache`, on disk: samples are encoded one by one and in two steps (images, text), so that it is the same to the bit.
 """
 
 from __future__ import annotations
@@ -17,15 +18,18 @@ import torch
 from cachetools import LRUCache
 from PIL import Image
 
+from easyref.cache import DiskCache
 from easyref.model import attention, weights
 from easyref.model.adapter import Adapter
 from easyref.model.attention import Scales
-from easyref.model.reference import PrefixStates, ReferenceEncoder, ReferenceInputs, ReferenceProcessor, ReferenceSample, null_image
-from easyref.runtime import Engines
+from easyref.model.reference import PrefixStart, ReferenceEncoder, ReferenceInputs, ReferenceProcessor, ReferenceSample, null_image
+from easyref.records import sha256_file
+from easyref.runtime import Encoder, Engines
 from easyref.seeds import torch_rng
 
 START_BYTES = 256 * 2**20  # of references kept for the next prompt
 ENCODED = 64  # samples kept for the next seed
+Sample = tuple[tuple[str, ...], str, tuple[float, ...]]  # digests of the references, prompt, weights
 
 
 @dataclass(frozen=True)
@@ -46,26 +50,50 @@ class Request:
 class EasyRef:
     """A trained EasyRef attached to an SDXL pipeline (`self.pipe`)."""
 
-    def __init__(self, pipe: Any, encoder: ReferenceEncoder, processor: ReferenceProcessor, adapter: Adapter) -> None:
+    def __init__(
+        self, pipe: Any, encoder: ReferenceEncoder | Encoder, processor: ReferenceProcessor, adapter: Adapter,
+        disk: DiskCache | None = None,
+    ) -> None:  # fmt: skip
         self.pipe, self.encoder, self.processor, self.adapter = pipe, encoder, processor, adapter
         self._null: dict[tuple[float, ...], torch.Tensor] = {}  # by scales
-        self.encoded: LRUCache = LRUCache(ENCODED)  # tokens_TX by references, prompt and weights
+        self.encoded: LRUCache = LRUCache(ENCODED)  # tokens_TX by sample
         self.starts: LRUCache = LRUCache(START_BYTES, getsizeof=lambda start: start.nbytes)  # by the references' digests
+        self.disk = disk or DiskCache(Path(), 0, None)
+
+    @property
+    def device(self) -> torch.device:
+        return self.pipe._execution_device
 
     @classmethod
     def from_pretrained(
         cls, folder: str | Path, base: str | Path | None = None, dtype: torch.dtype = torch.float32, engines: Engines | None = None,
-        device: str | None = None,
+        device: str | None = None, cache: bool = False,
     ) -> EasyRef:  # fmt: skip
         """Load a checkpoint folder and its base models, on `device`; None: on the GPU when there is one.
 
         `base` is the folder that holds base models trained here (default: beside the checkpoint); hub ids need none.
-        `engines`: exported graphs that draw in place of torch (easyref/runtime.py).
+        `engines`: exported graphs that draw in place of torch (easyref/runtime.py); no weights are loaded then.
+        `cache`: what is encoded is kept for other processes too (easyref/cache.py).
         """
-        pipe = cls.base_pipeline(folder, base, dtype, engines.device if engines else device)
-        easyref = cls.attach(pipe, folder, base, dtype)
+        folder = Path(folder)
+        config = weights.read_config(folder)
+        beside = Path(base) if base else folder.parent
+        mllm = _base_place(config.mllm_id, beside)
         if engines:
-            engines.install(easyref)
+            engines.check(folder)
+            pipe = engines.pipeline(_base_place(config.base_id, beside), config.base_revision, dtype)
+            pipe.set_progress_bar_config(disable=True)
+            adapter: Any = Adapter.install(pipe.unet, config.reference.num_tokens, None, None)  # for its scales
+            adapter.payload = engines.payload
+            processor = ReferenceProcessor.from_pretrained(mllm, config.reference, config.mllm_revision)
+            easyref = cls(pipe, engines.encoder(mllm, config.mllm_revision, config.reference), processor, adapter)
+            made_by = engines.about
+        else:
+            easyref = cls.attach(cls.base_pipeline(folder, base, dtype, device), folder, base, dtype)
+            made_by = [str(dtype), getattr(easyref.encoder.mllm.config, "_commit_hash", None)]  # the hub's
+        if cache:
+            about = [made_by, _digests(folder, mllm, config.has_mllm), _kernels(easyref.device)]
+            easyref.disk = DiskCache.of_user(about)
         return easyref
 
     @staticmethod
@@ -113,52 +141,59 @@ class EasyRef:
 
         A sample is encoded once. A new prompt for references that were encoded before runs its text only.
         """
-        samples = []
+        samples: list[tuple[Sample, list[Image.Image]]] = []
         for i, (images, prompt) in enumerate(zip(references, prompts, strict=True)):
             given = tuple(weights[i] or ()) if weights else ()
             if given and len(given) != len(images):
                 raise ValueError(f"request {i}: {len(given)} weights for {len(images)} references; give one for each")
             filled = list(images) or [null_image()]
-            samples.append((tuple(_digest(image) for image in filled), prompt, given, filled))
-        unique = {sample[:3]: sample for sample in samples}
-        tokens = {key: self.encoded[key] for key in unique if key in self.encoded}
-        if missing := [key for key in unique if key not in tokens]:
-            tokens |= zip(missing, self._tokens([unique[key] for key in missing]), strict=True)
-            self.encoded.update((key, tokens[key].clone()) for key in missing)
-        tokens_UTX = torch.stack([tokens[key] for key in unique]).to(self.pipe.unet.dtype)
-        rows = {key: row for row, key in enumerate(unique)}
-        return self.adapter.payload(tokens_UTX)[[rows[sample[:3]] for sample in samples]]
+            samples.append(((tuple(_digest(image) for image in filled), prompt, given), filled))
+        tokens: dict[Sample, torch.Tensor] = {}
+        for sample, filled in samples:
+            if sample not in tokens:
+                tokens[sample] = self._tokens(sample, filled)
+        rows = {sample: row for row, sample in enumerate(tokens)}
+        payload = self.adapter.payload(torch.stack(list(tokens.values())).to(self.pipe.unet.dtype))
+        return payload[[rows[sample] for sample, _ in samples]]
 
-    def _tokens(self, samples: Sequence[tuple[tuple[bytes, ...], str, tuple[float, ...], list[Image.Image]]]) -> torch.Tensor:
-        """tokens_BTX of different samples. Those whose references are known one by one, the others together."""
-        known = [digests in self.starts for digests, *_ in samples]
-        rows: list[torch.Tensor | None] = [None] * len(samples)
-        for i, (digests, prompt, given, _) in enumerate(samples):
-            if known[i]:
-                start = self.starts[digests]
-                inputs = self.processor.batch([ReferenceSample(start.images, prompt)])
-                prefix = self.encoder.prefix_from(start, inputs.to(self.pipe.device))
-                (rows[i],) = self.encoder(prefix, self._bias(inputs, [given]))
-        new = [i for i, row in enumerate(rows) if row is None]
-        if new:
-            inputs = self.processor([samples[i][3] for i in new], [samples[i][1] for i in new])
-            bias_BL = self._bias(inputs, [samples[i][2] for i in new])
-            moved: ReferenceInputs | PrefixStates = inputs.to(self.pipe.device)
-            if self.starts.maxsize:
-                moved, starts = self.encoder.prefix_and_starts(inputs.to(self.pipe.device), [len(samples[i][3]) for i in new])
-                for i, start in zip(new, starts, strict=True):
-                    if start.nbytes <= self.starts.maxsize:
-                        self.starts[samples[i][0]] = start
-            for i, row in zip(new, self.encoder(moved, bias_BL), strict=True):
-                rows[i] = row
-        return torch.stack([row for row in rows if row is not None])
+    def _tokens(self, sample: Sample, images: list[Image.Image]) -> torch.Tensor:
+        """tokens_TX from memory, from disk, or encoded."""
+        if sample not in self.encoded:
+            kept = self.disk.get(self.device, "tokens", *sample)
+            if kept is None:
+                kept = {"tokens": self._encode(sample, images)}
+                self.disk.put(kept, "tokens", *sample)
+            self.encoded[sample] = kept["tokens"]
+        return self.encoded[sample]
 
-    def _bias(self, inputs: ReferenceInputs, weights: Sequence[tuple[float, ...]]) -> torch.Tensor | None:
-        if not any(weights):
-            return None
-        images = inputs.mm_token_type_ids_BL.diff(prepend=torch.zeros(len(weights), 1, dtype=torch.int64)).eq(1).sum(1).tolist()
-        each = [given or (1.0,) * count for given, count in zip(weights, images, strict=True)]
-        return self.processor.bias(inputs, each).to(self.pipe.device)
+    def _start(self, digests: tuple[str, ...], images: list[Image.Image]) -> PrefixStart:
+        """The prefix over the images from memory, from disk, or run."""
+        assert isinstance(self.encoder, ReferenceEncoder)
+        if digests in self.starts:
+            return self.starts[digests]
+        kept = self.disk.get(self.device, "start", digests)
+        if kept is None:
+            start = self.encoder.start(self.processor([images], [""]).to(self.device))
+            self.disk.put(vars(start), "start", digests)
+        else:
+            start = PrefixStart(**kept)
+        if start.nbytes <= self.starts.maxsize:
+            self.starts[digests] = start
+        return start
+
+    def _encode(self, sample: Sample, images: list[Image.Image]) -> torch.Tensor:
+        digests, prompt, given = sample
+        if isinstance(self.encoder, Encoder):
+            inputs = self.processor([images], [prompt])
+            (tokens_TX,) = self.encoder(inputs, self._bias(inputs, given))
+            return tokens_TX
+        start = self._start(digests, images)
+        inputs = self.processor.batch([ReferenceSample(start.images, prompt)])
+        (tokens_TX,) = self.encoder(self.encoder.prefix_from(start, inputs.to(self.device)), self._bias(inputs, given))
+        return tokens_TX
+
+    def _bias(self, inputs: ReferenceInputs, given: tuple[float, ...]) -> torch.Tensor | None:
+        return self.processor.bias(inputs, [given]).to(self.device) if given else None
 
     @torch.no_grad()
     def __call__(
@@ -259,9 +294,21 @@ class EasyRef:
         return self._null[scales].expand(len(requests), -1, -1, -1)
 
 
-def _digest(image: Image.Image) -> bytes:
+def _digest(image: Image.Image) -> str:
     """Of what the encoder sees of an image."""
-    return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).digest()
+    return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()
+
+
+def _digests(folder: Path, mllm: str, has_mllm: bool) -> list[str]:
+    """Of all files that tokens depend on; what is from the hub goes by its commit."""
+    local = [path for path in sorted(Path(mllm).rglob("*")) if path.is_file() and not (has_mllm and path.suffix == ".safetensors")]
+    return [mllm if not local else "", *(sha256_file(path) for path in (folder / weights.CONFIG, folder / weights.WEIGHTS, *local))]
+
+
+def _kernels(device: torch.device) -> list[Any]:
+    """What decides the last bits besides the weights."""
+    here = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return [device.type, here, torch.get_num_threads()]
 
 
 def _base_place(model_id: str, folder: Path) -> str:

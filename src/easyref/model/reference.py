@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Final, Literal, Self
 
 import torch
@@ -108,21 +108,22 @@ class PrefixStates(_Tensors):
 
 
 @dataclass(frozen=True)
-class PrefixStart:
+class PrefixStart(_Tensors):
     """The prefix of one sample up to its last image: text comes after the images, so it does not depend on the prompt."""
 
-    grids: list[Tensor]  # of each image
+    grids_R3: Tensor  # of the R images
     states_1SD: Tensor
-    keys_values: list[tuple[Tensor, Tensor]]  # of each layer [1, G, S, E]
+    keys: Tensor  # of all layers [layers, 1, G, S, E]
+    values: Tensor
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in [self.states_1SD, *(t for kv in self.keys_values for t in kv)])
+        return sum(tensor.nbytes for tensor in vars(self).values())
 
     @property
     def images(self) -> list[ImagePatches]:
         """The images as the processor needs them for a text: without pixels."""
-        return [ImagePatches(torch.empty(0, 0), grid) for grid in self.grids]
+        return [ImagePatches(torch.empty(0, 0), grid) for grid in self.grids_R3.cpu()]
 
 
 def null_image() -> Image.Image:
@@ -301,22 +302,20 @@ class ReferenceEncoder(nn.Module):
         ).last_hidden_state  # fmt: skip
         return PrefixStates(states_BLD, inputs.mask_BL, positions_3BL)
 
-    def prefix_and_starts(self, inputs: ReferenceInputs, counts: Sequence[int]) -> tuple[PrefixStates, list[PrefixStart]]:
-        """`prefix`, and what of it a later prompt for the same images can go on from. `counts`: images of each sample."""
+    def start(self, inputs: ReferenceInputs) -> PrefixStart:
+        """The prefix of one sample up to its last image: `prefix_from` goes on from there with any prompt."""
+        end = int(inputs.mm_token_type_ids_BL[0].nonzero()[-1]) + 1
+        ids_BL, mask_BL, types_BL = (t[:, :end] for t in (inputs.input_ids_BL, inputs.mask_BL, inputs.mm_token_type_ids_BL))
         cache: Any = DynamicCache()
-        prefix = self.prefix(inputs, cache=cache)
-        starts = []
-        for i, grids in enumerate(inputs.image_grid_thw.cpu().split(list(counts))):
-            end = int(inputs.mm_token_type_ids_BL[i].nonzero()[-1]) + 1
-            kv = [(layer.keys[i : i + 1, :, :end].clone(), layer.values[i : i + 1, :, :end].clone()) for layer in cache.layers]
-            starts.append(PrefixStart(list(grids), prefix.states_BLD[i : i + 1, :end].clone(), kv))
-        return prefix, starts
+        prefix = self.prefix(replace(inputs, input_ids_BL=ids_BL, mask_BL=mask_BL, mm_token_type_ids_BL=types_BL), cache=cache)
+        keys, values = (torch.stack([getattr(layer, part) for layer in cache.layers]) for part in ("keys", "values"))
+        return PrefixStart(inputs.image_grid_thw, prefix.states_BLD, keys, values)
 
     def prefix_from(self, start: PrefixStart, inputs: ReferenceInputs) -> PrefixStates:
         """`prefix` of one sample whose images are those of `start`: only the text after them runs."""
         lm, end = self.mllm.language_model, start.states_1SD.shape[1]
         cache, positions_3BL = DynamicCache(), self._positions(inputs)
-        for number, (keys, values) in enumerate(start.keys_values):
+        for number, (keys, values) in enumerate(zip(start.keys, start.values, strict=True)):
             cache.update(keys, values, number)
         states_1LD = lm(
             inputs_embeds=lm.embed_tokens(inputs.input_ids_BL[:, end:]), attention_mask=inputs.mask_BL,
