@@ -53,7 +53,7 @@ def cases(graph: Graph) -> Iterator[tuple[str, dict[str, Tensor]]]:
             yield label, values
 
 
-def _several(outputs: Outputs) -> tuple[Tensor, ...]:
+def several(outputs: Outputs) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
@@ -66,7 +66,7 @@ def verify(graph: Graph, run: Callable[..., Outputs], tolerance: float) -> list[
     """
     found = []
     for case, inputs in cases(graph):
-        for name, ours, theirs in zip(graph.outputs, _several(graph.module(**inputs)), _several(run(**inputs)), strict=True):
+        for name, ours, theirs in zip(graph.outputs, several(graph.module(**inputs)), several(run(**inputs)), strict=True):
             largest = (theirs.cpu().double() - ours.double()).abs().max().item() / (ours.abs().max().item() or 1.0)
             if not largest <= tolerance:  # also not a number
                 raise VerifyError(

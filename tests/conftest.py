@@ -1,6 +1,8 @@
 """What holds for every test."""
 
+import atexit
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -8,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 os.environ["EASYREF_CACHE"] = tempfile.mkdtemp(prefix="easyref-test-")  # not the user's
+atexit.register(shutil.rmtree, os.environ["EASYREF_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

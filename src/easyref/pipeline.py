@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from cachetools import LRUCache
 from PIL import Image
 
 from easyref.cache import DiskCache
-from easyref.model import attention, weights
+from easyref.model import attention, reference, weights
 from easyref.model.adapter import Adapter
 from easyref.model.attention import Scales
 from easyref.model.reference import PrefixStart, ReferenceEncoder, ReferenceInputs, ReferenceProcessor, ReferenceSample, null_image
@@ -92,7 +93,7 @@ class EasyRef:
             easyref = cls.attach(cls.base_pipeline(folder, base, dtype, device), folder, base, dtype)
             made_by = [str(dtype), getattr(easyref.encoder.mllm.config, "_commit_hash", None)]  # the hub's
         if cache:
-            about = [made_by, _digests(folder, mllm, config.has_mllm), _kernels(easyref.device)]
+            about = [made_by, _digests(folder, mllm, config.has_mllm), _code(easyref.device)]
             easyref.disk = DiskCache.of_user(about)
         return easyref
 
@@ -305,10 +306,10 @@ def _digests(folder: Path, mllm: str, has_mllm: bool) -> list[str]:
     return [mllm if not local else "", *(sha256_file(path) for path in (folder / weights.CONFIG, folder / weights.WEIGHTS, *local))]
 
 
-def _kernels(device: torch.device) -> list[Any]:
-    """What decides the last bits besides the weights."""
+def _code(device: torch.device) -> list[Any]:
+    """What decides tokens to the last bit besides the weights."""
     here = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    return [device.type, here, torch.get_num_threads()]
+    return [sha256_file(reference.__file__), transformers.__version__, device.type, here, torch.get_num_threads()]
 
 
 def _base_place(model_id: str, folder: Path) -> str:
