@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from easyref.pipeline import EasyRef, Request
 from easyref.runtime import Engines, Outputs
+from easyref.trt import Shapes, TensorRTEngine
 from export.graphs import Graph
 
 
@@ -26,23 +27,28 @@ class Difference:
     largest: float  # |ONNX - torch|, of the largest |torch|
 
 
-def cases(graph: Graph) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Inputs of other batches, sizes, timesteps and scales than the graph was exported with."""
+def cases(graph: Graph, profile: Shapes | None = None) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Inputs of other batches, sizes, timesteps and scales than the graph was exported with; with the `profile` of an engine only such
+    as it takes, drawn of its least and usual shapes."""
+    for label, inputs in graph.cases:
+        if profile is None or all(_between(profile[name], tuple(value.shape)) for name, value in inputs.items()):
+            yield label, inputs
     if graph.cases:
-        yield from graph.cases
         return
     rng = torch.Generator().manual_seed(1)
 
-    def draw(name: str, free: dict[int, int]) -> Tensor:
-        example = graph.inputs[name]
-        shape = [free.get(axis, size) for axis, size in enumerate(example.shape)]
+    def draw(example: Tensor, shape: Sequence[int]) -> Tensor:
         return torch.randn(shape, generator=rng).to(example.dtype) if example.is_floating_point() else example
 
-    for batch, height, width, length in ((1, 8, 8, 24), (2, 16, 8, 24), (3, 7, 13, 5)):
-        sizes = {"b": batch, "h": height, "w": width, "l": length}
-        free = {name: {axis: sizes[dim.__name__] for axis, dim in axes.items()} for name, axes in graph.free.items()}
-        values = {name: draw(name, free[name]) for name in graph.inputs}
-        label = f"batch {batch}, {height}x{width}"
+    shapes = {}
+    if profile:
+        shapes = {f"{which} shapes": {name: profile[name][i] for name in graph.inputs} for i, which in enumerate(("least", "usual"))}
+    else:
+        for batch, height, width, length in ((1, 8, 8, 24), (2, 16, 8, 24), (3, 7, 13, 5)):
+            sizes = {"b": batch, "h": height, "w": width, "l": length}
+            shapes[f"batch {batch}, {height}x{width}"] = {name: _shape(graph, name, sizes) for name in graph.inputs}
+    for label, of in shapes.items():
+        values = {name: draw(example, of[name]) for name, example in graph.inputs.items()}
         if "timestep" in values:
             for step in (0, 1, 500, 999):
                 yield f"{label}, timestep {step}", values | {"timestep": torch.tensor(step)}
@@ -51,6 +57,16 @@ def cases(graph: Graph) -> Iterator[tuple[str, dict[str, Tensor]]]:
                 yield f"{label}, scale {scale}", values | {"scale": torch.full_like(values["scale"], scale)}
         else:
             yield label, values
+
+
+def _shape(graph: Graph, name: str, sizes: dict[str, int]) -> tuple[int, ...]:
+    free = {axis: sizes[dim.__name__] for axis, dim in graph.free[name].items()}
+    return tuple(free.get(axis, size) for axis, size in enumerate(graph.inputs[name].shape))
+
+
+def _between(bounds: tuple[tuple[int, ...], ...], shape: tuple[int, ...]) -> bool:
+    least, _, largest = bounds
+    return all(a <= size <= b for a, size, b in zip(least, shape, largest, strict=True))
 
 
 def several(outputs: Outputs) -> tuple[Tensor, ...]:
@@ -65,7 +81,7 @@ def verify(graph: Graph, run: Callable[..., Outputs], tolerance: float) -> list[
         VerifyError: the first output that differs by more than `tolerance` of its largest value, or is not finite.
     """
     found = []
-    for case, inputs in cases(graph):
+    for case, inputs in cases(graph, run.profile() if isinstance(run, TensorRTEngine) else None):
         for name, ours, theirs in zip(graph.outputs, several(graph.module(**inputs)), several(run(**inputs)), strict=True):
             largest = (theirs.cpu().double() - ours.double()).abs().max().item() / (ours.abs().max().item() or 1.0)
             if not largest <= tolerance:  # also not a number
@@ -73,6 +89,8 @@ def verify(graph: Graph, run: Callable[..., Outputs], tolerance: float) -> list[
                     f"{graph.name}: {name} differs by {largest:.2e} of its largest value at {case}; allowed {tolerance:.0e}"
                 )
             found.append(Difference(case, largest))
+    if not found:
+        raise VerifyError(f"{graph.name}: no case has shapes that the engine takes; build it for other --size, --batch or --references")
     return found
 
 

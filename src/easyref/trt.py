@@ -73,18 +73,19 @@ def ranges(name: str, sizes: Sizes, shapes: dict[str, Any]) -> dict[str, Range]:
         if side % factor:
             raise ValueError(f"--size {side}: not a multiple of {factor}; give one")
     h = w = tuple(side // factor for side in sizes.size)
-    r_least, r_usual, r_largest = sizes.references
-    context = (r_least * m_least + 1, r_usual * m_usual + around, r_largest * m_largest + around + sizes.text[2])
-    images = (r_least, usual * r_usual, largest * r_largest)
+    _, r_usual, r_largest = sizes.references
+    one = (1, 1, 1)  # samples are encoded one by one, and one of them is the null reference: a single image
+    context = (m_least + 1, r_usual * m_usual + around, r_largest * m_largest + around + sizes.text[2])
+    images = (1, r_usual, r_largest)
     of: dict[str, dict[str, Any]] = {
         "unet": {"b": guided, "h": h, "w": w, "l": sizes.text},
-        "reference_kv": {"b": sizes.batch},
+        "reference_kv": {"b": (1, usual, largest)},
         "vae_decoder": {"b": sizes.batch, "h": h, "w": w},
         "text_encoder": {"b": sizes.batch},
         "text_encoder_2": {"b": sizes.batch},
         "vision": {"n": images, "m": shapes["merged"]},
-        "prefix": {"b": sizes.batch, "l": context, "n": images, "m": shapes["merged"]},
-        "aggregator": {"b": sizes.batch, "l": context},
+        "prefix": {"b": one, "l": context, "n": images, "m": shapes["merged"]},
+        "aggregator": {"b": one, "l": context},
     }
     return {axis: (int(r[0]), int(r[1]), int(r[2])) for axis, r in of[name].items()}
 
@@ -322,13 +323,19 @@ class TensorRTEngine:
         first, *others = self._run(inputs)
         return (first, *others) if others else first
 
+    def profile(self) -> Shapes:
+        """Shapes of the inputs that it takes."""
+        bounds = {name: [tuple(shape) for shape in self.engine.get_tensor_profile_shape(name, 0)] for name in self.inputs}
+        return {name: (least, usual, largest) for name, (least, usual, largest) in bounds.items()}
+
     def _run(self, inputs: dict[str, Tensor]) -> list[Tensor]:
         given = {name: inputs[name].to("cuda", self._dtype(name)).contiguous() for name in self.inputs}
         shapes = tuple(tuple(given[name].shape) for name in self.inputs)
         if self.replay is None or shapes != self.shapes:
+            allowed = self.profile()
             for name, shape in zip(self.inputs, shapes, strict=True):
-                least, _, largest = self.engine.get_tensor_profile_shape(name, 0)
-                check_shape(name, shape, tuple(least), tuple(largest), str(self.plan))
+                least, _, largest = allowed[name]
+                check_shape(name, shape, least, largest, str(self.plan))
             out = self._launch(given)
             if self.cuda_graph:
                 self._capture(shapes, given)

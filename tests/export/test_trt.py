@@ -3,12 +3,14 @@
 import ast
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper
 from typer.testing import CliRunner
 
@@ -17,6 +19,8 @@ from easyref.cli import app
 from easyref.records import sha256_file, write_json
 from easyref.runtime import NAMES, EngineError
 from easyref.trt import Options, Sizes, Step, build, check_shape, engines, graph_digest, key, parse_range, profile, ranges, refit
+from export.graphs import Graph
+from export.verify import VerifyError, verify
 
 API = json.loads((Path(__file__).parent / "tensorrt-11.4-api.json").read_text())
 #: What the variables of trt.py hold.
@@ -210,6 +214,50 @@ def test_engines_of_other_graphs_are_refused(tmp_path: Path, monkeypatch: pytest
         write_json(tmp_path / "vision.json", right | {"graph": graph_digest(manifest, "vision")} | wrong)
         with pytest.raises(EngineError, match=message):
             engines(tmp_path, tmp_path)
+
+
+class Plan(ours.TensorRTEngine):
+    """An engine of a profile, run by torch."""
+
+    def __init__(self, shapes: ours.Shapes, module: torch.nn.Module) -> None:
+        self.shapes_taken, self.module, self.seen = shapes, module, []
+
+    def profile(self) -> ours.Shapes:
+        return self.shapes_taken
+
+    def __call__(self, **inputs: torch.Tensor) -> torch.Tensor:
+        for name, value in inputs.items():
+            least, _, largest = self.shapes_taken[name]
+            check_shape(name, tuple(value.shape), least, largest, "x.plan")
+        self.seen.append([tuple(value.shape) for value in inputs.values()])
+        return self.module(**inputs)
+
+
+class Double(torch.nn.Module):
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        return 2 * sample
+
+
+def test_an_engine_is_verified_within_its_profile() -> None:
+    shapes = {"sample": ((1, 4, 64, 64), (2, 4, 128, 128), (8, 4, 170, 170))}
+    b, h, w = (torch.export.Dim(name) for name in "bhw")
+    drawn = Graph("unet", Double(), {"sample": torch.randn(2, 4, 9, 11)}, {"sample": {0: b, 2: h, 3: w}}, ("noise",))
+    plan = Plan(shapes, Double())
+    assert len(verify(drawn, plan, 0.0)) == 2 and plan.seen == [[(1, 4, 64, 64)], [(2, 4, 128, 128)]]
+    made = [(f"batch {n}", {"sample": torch.ones(n, 4, 64, 64)}) for n in (1, 9, 8)]
+    assert [d.case for d in verify(replace(drawn, cases=made), plan, 0.0)] == ["batch 1", "batch 8"]
+    with pytest.raises(VerifyError, match="unet: no case has shapes that the engine takes; build it for other --size"):
+        verify(replace(drawn, cases=made[1:2]), plan, 0.0)
+
+
+def test_the_encoder_takes_what_a_run_gives_it() -> None:
+    """Samples one by one, among them the null reference, whatever batch and references an engine is for."""
+    sizes = Sizes(batch=(4, 4, 8), references=(3, 4, 8))
+    for name in ("vision", "prefix", "aggregator", "reference_kv"):
+        found = ranges(name, sizes, SHAPES)
+        assert found.get("n", (1,))[0] == 1 and found.get("b", (1,))[0] == 1
+        assert found.get("l", (1,))[0] <= SHAPES["merged"][0] + 1
+    assert ranges("unet", sizes, SHAPES)["b"] == (4, 8, 16) and ranges("text_encoder", sizes, SHAPES)["b"] == (4, 4, 8)
 
 
 def test_a_build_that_fails_says_where_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
