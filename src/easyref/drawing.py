@@ -127,7 +127,7 @@ class Artist:
         """Of a checkpoint folder; `name` goes into the pictures."""
         from easyref.pipeline import EasyRef
 
-        return cls(EasyRef.from_pretrained(folder, base, engines=engines), folder, name, backend)
+        return cls(EasyRef.from_pretrained(folder, base, engines=engines, cache=True), folder, name, backend)
 
     def check(self, wish: Wish, references: Sequence[Reference]) -> None:
         """ValueError in one line for what would fail in the middle of the work."""
