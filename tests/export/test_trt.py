@@ -205,7 +205,7 @@ def test_engines_of_other_graphs_are_refused(tmp_path: Path, monkeypatch: pytest
     right = {"tensorrt": "11.4.0", "gpu": "H100 (SM 9.0)"}
     for name in NAMES:
         write_json(tmp_path / f"{name}.json", right | {"graph": graph_digest(manifest, name)})
-    assert engines(tmp_path, tmp_path).layers == SHAPES["layers"] and made == list(NAMES)
+    assert list(engines(tmp_path, tmp_path).engines) == made == list(NAMES)
     for wrong, message in (
         ({"graph": "x"}, "of other graphs"),
         ({"gpu": "H200"}, "built by .* on H200"),
