@@ -117,7 +117,8 @@ def test_a_lost_reference_is_asked_for_and_takes_its_place(page: Any, files: lis
     lost = Image.effect_noise((32, 32), 60).convert("RGB")
     lost.save(tmp_path / "lost.png")
     text = Settings(
-        prompt="star", seed=1, batch=[1], width=8, height=8, model="m", model_sha256="", backend="torch", made_with="",
+        prompt="star", guidance=2.345, scale=4.2, seed=1, batch=[1], width=8, height=8, model="m", model_sha256="",
+        backend="torch", made_with="",
         references=[
             {"name": "lost.png", "sha256": sha256_file(tmp_path / "lost.png"), "weight": 0.5},
             {"name": "a.png", "sha256": sha256_file(files[0]), "weight": 3},
@@ -129,6 +130,7 @@ def test_a_lost_reference_is_asked_for_and_takes_its_place(page: Any, files: lis
     page.set_input_files("#files", files[0])
     page.set_input_files("#open", tmp_path / "picture.png")
     expect(page.locator("#notice")).to_have_text("To draw it again, add its references too: lost.png")
+    assert (page.input_value("#guidance"), page.input_value("#scale")) == ("2.345", "4.2")  # off and beyond the sliders
     page.set_input_files("#files", tmp_path / "lost.png")
     expect(page.locator("#tiles li")).to_have_count(2)
     expect(page.locator("#notice")).to_be_hidden()

@@ -77,6 +77,7 @@ function show(settings) {
   for (const name of SETTINGS) {
     if (settings[name] > +$(name).max) $(name).max = settings[name]
     $(name).value = settings[name]
+    if ($(name).value !== String(settings[name])) { $(name).step = 'any'; $(name).value = settings[name] } // between two steps of the slider
     $(name).dispatchEvent(new Event('input'))
   }
 }
