@@ -157,6 +157,7 @@ def test_references_count_in_a_window_of_the_steps(easyref: EasyRef) -> None:
     assert [torch.equal(a, b) for a, b in zip(early, on, strict=True)] == [True, True, False, False]
     assert [torch.equal(a, b) for a, b in zip(late, off, strict=True)] == [True, True, False, False]
     assert not torch.equal(early[3], off[3]) and not torch.equal(late[3], on[3])
+    assert set(attention.scales(easyref.pipe.unet)) == {1.0} and not easyref.pipe.unet._forward_pre_hooks  # as `pipe` alone finds them
     assert all(map(torch.equal, make(), on))
     with pytest.raises(ValueError, match=r"window \(0.6, 0.4\)"):
         make(window=(0.6, 0.4))
