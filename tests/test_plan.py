@@ -54,7 +54,7 @@ def planned(nano: Params) -> tuple[dict[str, int], dict[str, list[plan.Row]]]:
 
 @pytest.fixture(scope="module")
 def images() -> TrainingImages:
-    return TrainingImages(DATA, sorted(ImageStore(DATA / "images").rows)[:4])
+    return TrainingImages(DATA, sorted(ImageStore(DATA / "images").rows)[:12])
 
 
 @pytest.mark.parametrize("name", list(stages.STAGES))
@@ -64,7 +64,9 @@ def test_a_real_microbatch_costs_what_is_planned(name: str, nano: Params, images
     trained, _ = models.trainable(spec.trains, p.new_part_rate)
     inputs = stages.Inputs(models, images, frozen_prefix="mllm" not in spec.trains)
     prompts = ["a", "b", "c", "d e"]  # all different, so that no cache spares work; of two lengths, so that the batch is padded
-    samples = [stages.Sample(i, tuple((i + k) % 4 for k in range(p.max_references)), prompt) for i, prompt in enumerate(prompts)]
+    samples = [
+        stages.Sample(i, tuple(p.max_references * i + k for k in range(p.max_references)), prompt) for i, prompt in enumerate(prompts)
+    ]
     for parameter in trained.values():
         parameter.grad = torch.zeros_like(parameter)
     inputs.latents(samples)  # once an image: planned apart
