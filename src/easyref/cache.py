@@ -52,9 +52,9 @@ class DiskCache:
         try:
             tensors = load_file(path, str(device))
             os.utime(path)  # mounts seldom keep the time of reading
-        except FileNotFoundError:
-            return None
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, RuntimeError) as error:
+            if not path.exists():  # never there, or another process trimmed it; safetensors has several errors for that
+                return None
             warnings.warn(f"{path}: unreadable ({error}); made again", stacklevel=2)
             path.unlink(missing_ok=True)
             return None
