@@ -30,6 +30,7 @@ from easyref.records import write_json
 
 TOKENS, TEXT, WIDTH, SIDE = 64, 77, 512, 32  # reference tokens, text tokens, cross-attention width, latents' side
 REFERENCES, PIXELS = 8, 336  # images of a sample and their side
+FEWEST = 6  # values that have an exact 95 % interval of their median
 RATIOS = {
     "adapter_over_plain": ("easyref", "plain"), "adapter_over_diffusers_ip_adapter": ("easyref", "diffusers_ip_adapter"),
     "new_prompt_over_first_encode": ("new_prompt", "first_encode"),
@@ -43,7 +44,7 @@ def bench_infer(out: Path, tokenizer: str, rounds: int = 60) -> dict[str, Any]:
     torch.set_num_threads(1)
     step, parameters = step_methods()
     encode = encode_methods(tokenizer)
-    took = {**_measure(step, rounds, "bench: steps"), **_measure(encode, max(5, rounds // 3), "bench: encode")}
+    took = {**_measure(step, rounds, "bench: steps"), **_measure(encode, max(FEWEST, rounds // 3), "bench: encode")}
     ms = {name: 1000 * statistics.median(values) for name, values in took.items()}
     pairs = {name: [a / b for a, b in zip(took[one], took[other], strict=True)] for name, (one, other) in RATIOS.items()}
     result = {
