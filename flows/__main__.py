@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -28,18 +29,19 @@ def up_to_date(project: Path) -> bool:
     return done.returncode == 0 and done.stdout.strip() == "{}"
 
 
-def main() -> None:
-    if up_to_date(PROJECT):
+def main(project: Path = PROJECT) -> None:
+    if up_to_date(project):
         print("everything is up to date")
     else:
         from flows.pipeline import easyref
         from flows.stages import Locked, StageFailed
 
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # Prefect's server of this run ends at exit only
         try:
-            easyref(stages(PROJECT))
+            easyref(stages(project), project=str(project))
         except (StageFailed, Locked) as error:
             raise SystemExit(f"easyref: {error}") from None
-    print(summary(PROJECT))
+    print(summary(project))
 
 
 if __name__ == "__main__":

@@ -200,19 +200,19 @@ def _stage(name: str, params: Path) -> None:
 
 @app.command()
 def pretrain(params: ParamsFile = PARAMS) -> None:
-    """Stage 1, alignment: the target is its own reference."""
+    """Stage 1, alignment: the MLLM but for its last layer is frozen (training/stages.py)."""
     _stage("pretrain", params)
 
 
 @app.command("finetune_single")
 def finetune_single(params: ParamsFile = PARAMS) -> None:
-    """Stage 2: single reference, the whole MLLM and LoRA train too."""
+    """Stage 2: the whole MLLM and LoRA train too."""
     _stage("finetune_single", params)
 
 
 @app.command("finetune_multi")
 def finetune_multi(params: ParamsFile = PARAMS) -> None:
-    """Stage 3: one image of a group is the target, the others are the references."""
+    """Stage 3: the same with references from groups."""
     _stage("finetune_multi", params)
 
 
@@ -252,7 +252,7 @@ def ablate(
 
 @app.command()
 def summary() -> None:
-    """The last evaluation in three lines, and where its report and picture are."""
+    """The last evaluation in a few lines, the table of all methods, and where report and picture are."""
     from easyref.evaluation.summary import summary as text
 
     print(text(Path()))

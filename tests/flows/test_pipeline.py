@@ -7,17 +7,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import chdir
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from dvc.repo import Repo
 from prefect.settings import get_current_settings
 from prefect.testing.utilities import prefect_test_harness
 
-from flows.__main__ import up_to_date
+from flows.__main__ import BASELINES, up_to_date
 from flows.pipeline import easyref, order
 from flows.stages import StageFailed, run_stage
 
@@ -118,19 +119,43 @@ def test_a_cancelled_flow_tells_its_stage_to_end(project: Path) -> None:
     program = f"from flows.pipeline import easyref; easyref(['patient'], release=False, project={str(project)!r})"
     env = os.environ | {"PYTHONPATH": str(ROOT), "PREFECT_API_URL": str(get_current_settings().api.url)}
     flow = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=env)
-    end = time.monotonic() + 120
-    while not (project / "started").exists() and time.monotonic() < end:
-        time.sleep(0.2)
+    wait((project / "started").exists, 120)
     flow.send_signal(signal.SIGTERM)
     assert flow.wait(60) != 0
     assert (project / "told").read_text() == "SIGTERM"
 
 
+def test_make_run_that_is_stopped_leaves_nothing_running(project: Path, tmp_path: Path) -> None:
+    """Neither the stage nor the server that Prefect starts for the one run."""
+    values = yaml.safe_load((project / "dvc.yaml").read_text())
+    (project / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"patient": values["stages"]["patient"]}}))
+    program = f"from pathlib import Path; from flows.__main__ import main; main(Path({str(project)!r}))"
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    env |= {"PYTHONPATH": str(ROOT), "PREFECT_HOME": str(tmp_path / "home")}
+    run = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=env)
+    wait((project / "started").exists, 120)
+    started = psutil.Process(run.pid).children(recursive=True)
+    assert any("uvicorn" in " ".join(process.cmdline()) for process in started)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(60) != 0
+    assert (project / "told").read_text() == "SIGTERM"
+    gone, alive = psutil.wait_procs(started, timeout=30)
+    assert gone and not alive
+
+
+def wait(ready: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.2)
+
+
 def test_dvc_says_what_is_up_to_date(project: Path) -> None:
     values = yaml.safe_load((project / "dvc.yaml").read_text())
     del values["stages"]["patient"]
+    values["stages"][BASELINES] = {"cmd": "exit 1", "outs": ["never"]}  # left out
     (project / "dvc.yaml").write_text(yaml.safe_dump(values))
     assert not up_to_date(project)
     with chdir(project):
-        Repo().reproduce()
+        Repo().reproduce(["third", "other"])
     assert up_to_date(project)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import permutations
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def seen_as(image: Image.Image, view: int) -> Image.Image:
 
 
 class TrainingImages:
-    """Pixels uint8 [N, H, W, 3], labels, and weights that keep frequent concepts in check.
+    """Labels, weights that keep frequent concepts in check, and pixels uint8 [N, H, W, 3] for the trainings that read them all.
 
     Without `sha256s`: the training split and its groups. With: exactly those images, no groups.
     """
@@ -45,7 +46,6 @@ class TrainingImages:
         splits = dict(read_table(data / "split" / "images.parquet", ("sha256", "split")).iter_rows())
         self.sha256s = list(sha256s) if sha256s is not None else [s for s in self.store.rows if splits[s] == "train"]
         self.labels = [self.store.rows[s] for s in self.sha256s]
-        self.pixels = np.stack([np.asarray(centre(self.store.image(s))) for s in self.sha256s])
         counts = Counter(label["concept"] for label in self.labels)
         self.weights = np.array([counts[label["concept"]] ** -0.5 for label in self.labels])
         self.groups: list[tuple[str, list[int]]] = []
@@ -54,6 +54,10 @@ class TrainingImages:
             table = read_table(data / "split" / "groups.parquet").filter(split="train").sort("group_id")
             self.groups = [(g["kind"], [place[m] for m in g["members"]]) for g in table.iter_rows(named=True)]
         self.content = sha256_json([self.sha256s, self.groups])
+
+    @cached_property
+    def pixels(self) -> np.ndarray:
+        return np.stack([np.asarray(centre(self.store.image(s))) for s in self.sha256s])
 
     def batch(self, items: Sequence[int]) -> torch.Tensor:
         """Pixels in [-1, 1], float32 [B, 3, H, W]."""

@@ -25,7 +25,7 @@ from easyref.seeds import numpy_rng
 Array = np.ndarray[Any, np.dtype[Any]]
 
 CELL = 512  # vectors of a cell, about
-PROBES = 6  # cells that a vector looks into. Of planted pairs in topics of 500 to 30,000 vectors: 4 find .93, 6 .97 or more, 8 .984
+PROBES = 6  # cells that a vector looks into. Of planted pairs in topics of 500 to 30,000 vectors, 4 found .93 or more, 8 .984
 SAMPLE = 32  # vectors a centre in the training of k-means
 BLOCK = 4096  # vectors at once
 FOUND = 2**22  # pairs that are collected before only the nearest are kept

@@ -23,9 +23,12 @@ def summary(out: Path) -> str:
             f"{split}: fidelity {f['right']:.3f} with the right references; over another group's {s['mean']:+.3f} "
             f"[{s['low']:+.3f}, {s['high']:+.3f}], over none {n['mean']:+.3f} [{n['low']:+.3f}, {n['high']:+.3f}]"
         )
-    if (out / "metrics" / "mrbench.json").exists():
-        lines += ["", *table(read_json(out / "metrics" / "mrbench.json")), ""]
-    return "\n".join([*lines, "report: reports/evaluation.html", "picture: reports/grid.png"])
+    path = out / "metrics" / "mrbench.json"
+    if path.exists() and (compared := read_json(path))["settings"]["weights"] == result["settings"]["weights"]:
+        lines += ["", *table(compared), "", "report: reports/evaluation.html"]
+    else:
+        lines.append("report: none of these weights beside other methods yet; `easyref mrbench` makes it")
+    return "\n".join([*lines, "picture: reports/grid.png"])
 
 
 def table(result: dict[str, Any]) -> list[str]:

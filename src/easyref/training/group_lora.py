@@ -46,7 +46,7 @@ def group_lora(pipe: Any, p: GroupLora, drawing: Evaluate, seed: int) -> Any:
 def tuned(pipe: Any, references: Sequence[Image.Image], captions: Sequence[str], p: GroupLora, seed: int) -> Any:
     """`pipe` with a LoRA trained on the references, merged; without it afterwards, bit for bit."""
     unet, side = pipe.unet, pipe.unet.config.sample_size * pipe.vae_scale_factor
-    originals = None
+    merged = None
     lora.add(unet, p.rank, float(p.rank), torch_rng(seed, "group_lora"))
     try:
         weights = [layer.weight.requires_grad_() for pair in lora.layers(unet).values() for layer in pair]
@@ -65,12 +65,13 @@ def tuned(pipe: Any, references: Sequence[Image.Image], captions: Sequence[str],
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        originals = lora.merge(unet)
+        merged = lora.merge(unet)
         yield pipe
     finally:
-        if originals is not None:
-            lora.unmerge(unet, originals)
-        lora.remove(unet)
+        if merged is not None:
+            lora.restore(unet, merged)
+        else:
+            lora.remove(unet)
 
 
 def _pixels(image: Image.Image, side: int) -> torch.Tensor:

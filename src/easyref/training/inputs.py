@@ -96,8 +96,8 @@ class Inputs:
 
     def __init__(self, models: Models, images: TrainingImages, frozen_prefix: bool) -> None:
         self.models, self.images, self.frozen_prefix = models, images, frozen_prefix
-        height, width = images.pixels.shape[1:3]
-        self.seen: Cache = Cache(40_000)
+        width, height = centre(self.image(0, 0)).size
+        self.latent: Cache = Cache(40_000)
         self.text: Cache = Cache(40_000)
         self.patches: Cache = Cache(20_000)
         self.vision: Cache = Cache(20_000)
@@ -111,7 +111,7 @@ class Inputs:
             x_3HW = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
             return to_latents(self.models.vae, x_3HW[None].to(self.models.device))[0]
 
-        return torch.stack([self.seen.get_or((s.target, s.view), partial(make, s.target, s.view)) for s in samples])
+        return torch.stack([self.latent.get_or((s.target, s.view), partial(make, s.target, s.view)) for s in samples])
 
     def image(self, item: int, view: int) -> Image.Image:
         return seen_as(self.images.store.image(self.images.sha256s[item]), view)
