@@ -1,7 +1,11 @@
 """THE loop: killed at any moment and started again it reaches the same bits; batch splits change nothing."""
 
+import json
+import re
+import resource
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +15,7 @@ from safetensors.torch import save_file
 
 from easyref.config import Optimisation
 from easyref.seeds import Order, torch_rng
+from easyref.training.state import remove_state
 from easyref.training.trainer import Task, learning_rate, train
 from tests.processes import exit_code, start
 
@@ -24,12 +29,12 @@ def task(fingerprint: int = 0) -> Task:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 64))
 
-    def loss(numbers: range) -> torch.Tensor:
+    def loss(numbers: Sequence[int]) -> torch.Tensor:
         x = torch.stack([torch.randn(64, generator=torch_rng(0, "x", n)) for n in numbers])
         return (model(x) - x.flip(1)).square().mean()
 
     weights = dict(model.named_parameters())
-    return Task("test", weights, loss, {"f": fingerprint}, validate=lambda: {"held_out": weights["0.weight"].sum().item()})
+    return Task("test", [model], weights, loss, {"f": fingerprint}, validate=lambda: {"held_out": weights["0.weight"].sum().item()})
 
 
 def trained(p: Optimisation, state: Path) -> dict[str, torch.Tensor]:
@@ -69,8 +74,8 @@ def test_stopped_between_two_rows_of_the_log_goes_on_to_the_same_log(tmp_path: P
     stopping, state = task(), tmp_path / "stopped.safetensors"
     loss = stopping.loss
 
-    def stop(numbers: range) -> torch.Tensor:
-        if numbers.start >= 2800:
+    def stop(numbers: Sequence[int]) -> torch.Tensor:
+        if numbers[0] >= 2800:
             raise KeyboardInterrupt
         return loss(numbers)
 
@@ -88,14 +93,71 @@ def test_any_microbatch_gives_the_same_training(tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, parts[name], rtol=1e-3, atol=2e-4)
 
 
-def test_changed_parameters_start_from_the_beginning(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    state = tmp_path / "state.safetensors"
-    train(task(), Optimisation(**{**PARAMS, "images": 32, "cooldown_images": 0}), state)
-    changed = Optimisation(**{**PARAMS, "images": 32, "cooldown_images": 0, "learning_rate": 0.02})
-    fresh = trained(changed, tmp_path / "other.safetensors")
-    again = trained(changed, state)
-    assert "starts from the beginning" in capsys.readouterr().out
-    assert all(torch.equal(fresh[n], again[n]) for n in fresh)
+def test_changed_parameters_refuse_to_go_on_unless_allowed_by_name(tmp_path: Path) -> None:
+    short, state = {**PARAMS, "images": 32, "cooldown_images": 0}, tmp_path / "state.safetensors"
+    train(task(), Optimisation(**short), state)
+    before = state.read_bytes()
+    changed = Optimisation(**{**short, "learning_rate": 0.02, "images": 64})
+    line = (
+        "state.safetensors was saved under other values: f was 0 and is 1, images was 32 and is 64, learning_rate was 0.01 and is 0.02"
+    )
+    with pytest.raises(ValueError, match=re.escape(line)):
+        train(task(1), changed, state)
+    with pytest.raises(ValueError, match="under other values: learning_rate was"):
+        train(task(), changed, state, allow=["images"])
+    assert state.read_bytes() == before
+    train(task(), changed, state, allow=["images", "learning_rate"])
+    rows = [json.loads(row) for row in state.with_suffix(".jsonl").read_text().splitlines()]
+    assert [(row["seen"], row["learning_rate"]) for row in rows if "loss" in row] == [(16, 0.01), (32, 0.01), (48, 0.02), (64, 0.02)]
+    train(task(), Optimisation(**{**changed.model_dump(), "microbatch": 4, "save_images": 8}), state)  # change nothing that is learned
+
+
+def test_earlier_states_are_kept_and_taken_when_the_newest_is_torn(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    kept = {**PARAMS, "images": 80, "cooldown_images": 0, "keep_states": 3}
+    whole, p, state = (
+        trained(Optimisation(**kept), tmp_path / "whole.safetensors"),
+        Optimisation(**kept),
+        tmp_path / "state.safetensors",
+    )
+    train(task(), p, state)
+    names = ["state.000000000048.safetensors", "state.000000000064.safetensors", "state.safetensors"]
+    assert sorted(path.name for path in tmp_path.glob("state*.safetensors")) == names
+    for name in names[1:]:
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:500])
+    again = trained(p, state)
+    assert "the one at image 48 is taken" in capsys.readouterr().out
+    assert all(torch.equal(whole[n], again[n]) for n in whole)
+    assert state.with_suffix(".jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+    remove_state(state)
+    assert not list(tmp_path.glob("state*.safetensors"))
+
+
+def train_on_a_full_disk(state: Path, most: int) -> None:
+    """No file of this process may have more than `most` bytes: what fails is the write, as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    with pytest.raises(
+        RuntimeError, match=r"state\.safetensors: the state at image 48 could not be saved \(.*\); the one before is kept"
+    ):
+        train(task(), Optimisation(**PARAMS), state)
+
+
+def test_a_full_disk_is_one_clear_line_and_keeps_the_last_state(tmp_path: Path) -> None:
+    stopping, state = task(), tmp_path / "state.safetensors"
+    loss = stopping.loss
+
+    def stop(numbers: Sequence[int]) -> torch.Tensor:
+        if numbers[0] >= 32:
+            raise KeyboardInterrupt
+        return loss(numbers)
+
+    stopping.loss = stop
+    with pytest.raises(KeyboardInterrupt):
+        train(stopping, Optimisation(**PARAMS), state)
+    before = state.read_bytes()
+    assert exit_code(start(train_on_a_full_disk, state, len(before) // 2)) == 0
+    assert state.read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"state.safetensors", "state.jsonl"}
 
 
 def test_torn_state_is_one_clear_line(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ A verb that is also a stage has the name of its DVC stage and of its section in 
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -191,29 +192,37 @@ def base(params: ParamsFile = PARAMS) -> None:
     run(load_params(params), DATA, MODELS / "base", METRICS / "base", WORK / "base")
 
 
-def _stage(name: str, params: Path) -> None:
+Allow = Annotated[
+    list[str] | None, typer.Option(help="A value, named as in the refusal to go on from a saved state, that may be another one now.")
+]
+
+
+def _stage(name: str, params: Path, allow: list[str] | None) -> None:
+    if launch := os.environ.pop("EASYREF_LAUNCH", None):
+        command = [sys.executable, "-m", "accelerate.commands.launch", *shlex.split(launch), "-m", "easyref.cli", *sys.argv[1:]]
+        os.execv(sys.executable, command)
     from easyref.config import load_params
     from easyref.training.stages import STAGES, run_stage
 
-    run_stage(load_params(params), name, DATA, MODELS, MODELS / name, METRICS / name, WORK, STAGES[name].starts_from)
+    run_stage(load_params(params), name, DATA, MODELS, MODELS / name, METRICS / name, WORK, STAGES[name].starts_from, allow or ())
 
 
 @app.command()
-def pretrain(params: ParamsFile = PARAMS) -> None:
+def pretrain(params: ParamsFile = PARAMS, allow: Allow = None) -> None:
     """Stage 1, alignment: the MLLM but for its last layer is frozen (training/stages.py)."""
-    _stage("pretrain", params)
+    _stage("pretrain", params, allow)
 
 
 @app.command("finetune_single")
-def finetune_single(params: ParamsFile = PARAMS) -> None:
+def finetune_single(params: ParamsFile = PARAMS, allow: Allow = None) -> None:
     """Stage 2: the whole MLLM and LoRA train too."""
-    _stage("finetune_single", params)
+    _stage("finetune_single", params, allow)
 
 
 @app.command("finetune_multi")
-def finetune_multi(params: ParamsFile = PARAMS) -> None:
+def finetune_multi(params: ParamsFile = PARAMS, allow: Allow = None) -> None:
     """Stage 3: the same with references from groups."""
-    _stage("finetune_multi", params)
+    _stage("finetune_multi", params, allow)
 
 
 @app.command()

@@ -1,6 +1,6 @@
 """Typed, complete parameters: one section per stage. The only reader of params.yaml and presets/*.yaml.
 
-No field but `restart` and `reference.layer` has a default: a file is complete, or an error names the key, the value and the fix.
+A file is complete, or an error names the key, the value and the fix: only options that are off unless asked for have a default.
 Work is counted in images, never in steps, so batch size and the number of processes change nothing else.
 """
 
@@ -139,6 +139,7 @@ class Optimisation(Section):
     ema_images: int = Field(ge=0)  # half-life of the weight average, 0: none
     save_images: PositiveInt  # a checkpoint every so many images
     restart: Restart | None = None
+    keep_states: PositiveInt = 1  # checkpoints that stay: an earlier one is taken when the newest cannot be read
 
     @model_validator(mode="after")
     def _divide(self) -> Optimisation:

@@ -14,12 +14,12 @@ from tqdm import tqdm
 T = TypeVar("T")
 
 
-def bar(total: int, title: str, unit: str = "images", initial: int = 0) -> tqdm:
+def bar(total: int, title: str, unit: str = "images", initial: int = 0, disable: bool = False) -> tqdm:
     """A progress bar in `unit`s. In a log file it prints a line every 10 seconds instead of every change."""
     interval = 0.2 if sys.stderr.isatty() else 10
     return tqdm(
         total=total, desc=title, unit=f" {unit}", initial=initial, mininterval=interval, maxinterval=interval, smoothing=0.05,
-        dynamic_ncols=sys.stderr.isatty(),
+        dynamic_ncols=sys.stderr.isatty(), disable=disable,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ Letters: B batch · T reference tokens · X cross-attention width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from easyref.config import Params
 from easyref.data.captions import caption
 from easyref.data.dataset import SWAPS
 from easyref.data.emoji import color_words
+from easyref.training.engine import Engine
 from easyref.training.inputs import NULL, Inputs, Sample, Sampler
 from easyref.training.trainer import Task, train
 
@@ -41,7 +42,9 @@ def seen_labels(source: Inputs, sample: Sample) -> dict[str, str]:
     return {**labels, "colors": " ".join(color_words(image))}
 
 
-def align(params: Params, inputs: Inputs, held_out: Inputs, state: Path) -> None:
+def align(
+    params: Params, inputs: Inputs, held_out: Inputs, state: Path, engine: Engine | None = None, allow: Collection[str] = ()
+) -> None:
     """Train `PARTS` of the encoder in place. `state` stays: with it the next call is done at once.
 
     The log beside it holds the share of the held-out captions' variance that the tokens explain, `held_out_explained`.
@@ -66,7 +69,7 @@ def align(params: Params, inputs: Inputs, held_out: Inputs, state: Path) -> None
         norm.weight.copy_(states_NTX.std((0, 1)))
     variance = (states_NTX - states_NTX.mean(0)).square().mean()  # over images, at each token
 
-    def loss(numbers: range) -> torch.Tensor:
+    def loss(numbers: Sequence[int]) -> torch.Tensor:
         samples = [sampler(n) for n in numbers]
         wanted_BTX = states(inputs, samples)
         with models.autocast():
@@ -83,6 +86,6 @@ def align(params: Params, inputs: Inputs, held_out: Inputs, state: Path) -> None
         print(f"align: tokens explain {share:.3f} of the variance of held-out captions")
         return {"held_out_explained": share}
 
-    fingerprint = {"stage": "align", "seed": params.seed, "images": inputs.images.content, "base": models.base_hash,
-                   "params": p.model_dump(), "reference": params.reference.model_dump(exclude_defaults=True)}  # fmt: skip
-    train(Task("align", trained, loss, fingerprint, validate=explained), p, state)
+    depends = {"stage": "align", "seed": params.seed, "images": inputs.images.content, "base": models.base_hash,
+               "reference": params.reference.model_dump(exclude_defaults=True)}  # fmt: skip
+    train(Task("align", [models.encoder], trained, loss, depends, validate=explained), p, state, engine, allow)

@@ -9,7 +9,9 @@ Letters: B batch · L text tokens · C latent channels · h,w latent size.
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,8 @@ def base(params: Params, data: Path, out: Path, metrics: Path, work: Path) -> No
     Each of the three models is kept in `work` as it finishes, under a hash of all it depends on: the same command goes on where
     it was, a changed parameter trains anew what it changes. When all are written, `work` is removed: the next call trains again.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("the base models train in one process; start `easyref base` by itself")
     print(use_threads(params.threads))
     metrics.mkdir(parents=True, exist_ok=True)
     if params.base.source == "hub":
@@ -126,7 +130,7 @@ def train_vae(params: Params, images: TrainingImages, work: Path) -> Path:
     order = Order(images.weights, params.seed, "vae")
     side = params.ingest.size // 2 ** (len(p.channels) - 1)
 
-    def loss(numbers: range) -> torch.Tensor:
+    def loss(numbers: Sequence[int]) -> torch.Tensor:
         rngs = [numpy_rng(params.seed, "vae colours", n) for n in numbers]
         pixels = images.batch([order[n] for n in numbers])
         pixels = torch.stack([swap_colours(x, p.swap_colours, rng) for x, rng in zip(pixels, rngs, strict=True)])
@@ -134,7 +138,7 @@ def train_vae(params: Params, images: TrainingImages, work: Path) -> Path:
         noise = torch.stack([torch.randn(p.latent_channels, side, side, generator=torch_rng(params.seed, "vae", n)) for n in numbers])
         return vae_loss(vae, pixels, noise, p)
 
-    train(Task("base: vae", dict(vae.named_parameters()), loss, fingerprint), p, done.with_suffix(".safetensors"))
+    train(Task("base: vae", [vae], dict(vae.named_parameters()), loss, fingerprint), p, done.with_suffix(".safetensors"))
     vae.eval()
     with torch.no_grad():  # so that latents enter diffusion with unit variance, as in SD (scaling_factor)
         items = list(range(0, len(images.sha256s), max(1, len(images.sha256s) // 512)))
@@ -259,7 +263,7 @@ def train_text_to_image(params: Params, images: TrainingImages, vae_folder: Path
     size = params.ingest.size
     time_ids_6 = torch.tensor([size, size, 0, 0, size, size], dtype=torch.float32)
 
-    def loss(numbers: range) -> torch.Tensor:
+    def loss(numbers: Sequence[int]) -> torch.Tensor:
         items = [order[n] for n in numbers]
         captions = [
             random_caption(images.labels[i], numpy_rng(seed, "caption", n), p.drop_text, p.drop_label)
@@ -270,7 +274,7 @@ def train_text_to_image(params: Params, images: TrainingImages, vae_folder: Path
         return diffusion_loss(unet, scheduler, latents_NChw[items], text, added, seed, numbers, p.min_snr)
 
     modules = nn.ModuleDict({"unet": unet, "text_encoder": encoder_1, "text_encoder_2": encoder_2})
-    task = Task("base: text to image", dict(modules.named_parameters()), loss, fingerprint)
+    task = Task("base: text to image", [modules], dict(modules.named_parameters()), loss, fingerprint)
     train(task, p, done.with_suffix(".safetensors"))
     pipe: Any = StableDiffusionXLPipeline(
         vae=vae, text_encoder=encoder_1, text_encoder_2=encoder_2, tokenizer=tokenizer, tokenizer_2=tokenizer, unet=unet,
@@ -395,7 +399,7 @@ def train_captioning(params: Params, images: TrainingImages, work: Path) -> Path
         prompt = tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * tokens))["input_ids"]
         return chosen, prompt, tokenizer(answer + "<|im_end|>")["input_ids"]
 
-    def loss(numbers: range) -> torch.Tensor:
+    def loss(numbers: Sequence[int]) -> torch.Tensor:
         samples = [sample(n) for n in numbers]
         total = sum(len(answer) for _, _, answer in samples)
         # samples of one and of several images apart: together most of the tokens would be padding
@@ -414,7 +418,7 @@ def train_captioning(params: Params, images: TrainingImages, work: Path) -> Path
         )  # fmt: skip
         return F.cross_entropy(out.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
 
-    task = Task("base: captioning", dict(model.named_parameters()), loss, fingerprint)
+    task = Task("base: captioning", [model], dict(model.named_parameters()), loss, fingerprint)
     train(task, p, done.with_suffix(".safetensors"))
     with atomic_folder(done) as folder:
         model.half().save_pretrained(folder)

@@ -6,6 +6,7 @@ Letters: B batch · L text tokens · T reference tokens · X cross-attention wid
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from easyref.progress import use_threads
 from easyref.records import read_table, sha256_file
 from easyref.training.align import align
 from easyref.training.curves import write_curves
+from easyref.training.engine import Engine, whole
 from easyref.training.inputs import NULL, Inputs, Sample, Sampler
 from easyref.training.loss import diffusion_loss
 from easyref.training.models import Models, load_models
+from easyref.training.state import remove_state
 from easyref.training.trainer import Task, train
 
 
@@ -41,14 +44,17 @@ STAGES = {
 
 
 def run_stage(
-    params: Params, name: str, data: Path, models_folder: Path, out: Path, curves: Path, work: Path, starts_from: str | None
-) -> None:
+    params: Params, name: str, data: Path, models_folder: Path, out: Path, curves: Path, work: Path, starts_from: str | None,
+    allow: Collection[str] = (),
+) -> None:  # fmt: skip
     """Run one stage of the table and write its checkpoint folder `out` and its training `curves`, from that of the stage
-    `starts_from`. A killed run goes on from its state in `work`; the state of a finished one is removed, so that the next call trains
-    again."""
+    `starts_from`. A killed run goes on from its state in `work`, on any number of processes; the state of a finished one is removed, so
+    that the next call trains again. `allow`: values that may differ from those a state was saved under."""
     spec, p = STAGES[name], getattr(params, name)
-    print(use_threads(params.threads))
+    hardware = use_threads(params.threads)
     models = load_models(params, models_folder, p.lora_rank or None, p.precision)
+    engine = Engine(models.accelerator)
+    engine.say(hardware)
     if starts_from:
         weights.load(models_folder / starts_from, models.encoder, models.adapter, fresh_lora=True)
     images = TrainingImages(data)
@@ -57,39 +63,38 @@ def run_stage(
     validate = Validation(params, models, data)
     warm = work / "align.safetensors" if params.align and not starts_from else None
     if warm:
-        align(params, inputs, validate.inputs, warm)
+        align(params, inputs, validate.inputs, warm, engine, allow)
     trained, factors = models.trainable(spec.trains, p.new_part_rate)
-    print(f"{name}: trains {sum(t.numel() for t in trained.values()):,} parameters of {', '.join(spec.trains)}")
+    engine.say(f"{name}: trains {sum(t.numel() for t in trained.values()):,} parameters of {', '.join(spec.trains)}")
 
-    def loss(numbers: range) -> torch.Tensor:
+    def loss(numbers: Sequence[int]) -> torch.Tensor:
         samples = [sampler(n) for n in numbers]
         return _loss(models, inputs, samples, params.seed, [f"{name}/{n}" for n in numbers], p.min_snr)
 
-    start = sha256_file(models_folder / starts_from / weights.WEIGHTS) if starts_from else models.base_hash
-    fingerprint = {
+    depends: dict[str, Any] = {
         "stage": name,
         "seed": params.seed,
         "images": images.content,
-        "start": start,
-        **_stage_values(params, name, starts_from),
+        "start": sha256_file(models_folder / starts_from / weights.WEIGHTS) if starts_from else models.base_hash,
+        "reference": params.reference.model_dump(exclude_defaults=True),
     }
-    task = Task(name, trained, loss, fingerprint, factors, validate)
+    if not starts_from:
+        depends["align"] = params.align.model_dump() if params.align else None
     state = work / f"{name}.safetensors"
-    train(task, p, state)
-    tensors = weights.tensors(models.encoder, models.adapter, with_mllm="mllm" in spec.trains)
+    train(Task(name, [models.encoder, models.unet], trained, loss, depends, factors, validate, shard=True), p, state, engine, allow)
+    tensors = {}
+    for key, tensor in weights.tensors(models.encoder, models.adapter, with_mllm="mllm" in spec.trains).items():
+        full = whole(tensor)
+        if engine.main:
+            tensors[key] = full.cpu()
+    if not engine.main:
+        return
     weights.save(out, tensors, models.checkpoint_config(params, p, "mllm" in spec.trains), torch.float32)
     write_curves(state.with_suffix(".jsonl"), curves)
     if warm:
         write_curves(warm.with_suffix(".jsonl"), curves / "align")
-        warm.unlink()
-    state.unlink()
-
-
-def _stage_values(params: Params, name: str, starts_from: str | None) -> dict[str, Any]:
-    values = {"params": getattr(params, name).model_dump(), "reference": params.reference.model_dump(exclude_defaults=True)}
-    if not starts_from:
-        values["align"] = params.align.model_dump() if params.align else None
-    return values
+        remove_state(warm)
+    remove_state(state)
 
 
 def _loss(models: Models, inputs: Inputs, samples: list[Sample], seed: int, numbers: list[str], min_snr: float | None) -> torch.Tensor:

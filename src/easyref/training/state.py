@@ -1,35 +1,91 @@
 """Exact training state in one safetensors file: weights, AdamW moments, weight average, and the counters as metadata.
 
-One atomic rename is the whole commit, so a kill at any moment, also during a save, leaves the last good state.
+One atomic rename is the whole commit, so a kill at any moment, also during a save, leaves the last good state. The file says nothing of
+processes: shares of a tensor are put together in it, and any number of processes goes on from it.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 from easyref.records import atomic_path
+from easyref.training.engine import like, whole
 
 
-def save_state(path: Path, tensors: dict[str, torch.Tensor], counters: dict) -> None:
-    with atomic_path(path) as temporary:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, {"easyref": json.dumps(counters)})
-
-
-def load_state(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+def save_state(path: Path, tensors: Mapping[str, torch.Tensor], counters: dict[str, Any], write: bool, keep: int) -> None:
+    """Every process gives its shares, the one with `write` writes. The `keep` - 1 states before this one stay beside it."""
+    stored = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor)
+        if write:
+            stored[name] = full.detach().cpu().contiguous()
+    if not write:
+        return
     try:
-        with safe_open(path, "pt") as file:
-            counters = json.loads(file.metadata()["easyref"])
-            return {k: file.get_tensor(k) for k in file.keys()}, counters  # noqa: SIM118 (safe_open is no mapping)
-    except Exception as error:
-        raise ValueError(f"{path}: not a training state that can be read ({error}); delete it to start from the beginning") from error
+        with atomic_path(path) as temporary:
+            save_file(stored, temporary, {"easyref": json.dumps(counters)})
+            if keep > 1 and (before := _counters(path)):
+                path.rename(path.with_suffix(f".{before['seen']:012}.safetensors"))
+    except (OSError, SafetensorError) as error:
+        raise RuntimeError(
+            f"{path}: the state at image {counters['seen']} could not be saved ({error}); the one before is kept"
+        ) from error
+    for old in _earlier(path)[max(0, keep - 1) :]:
+        old.unlink()
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[torch.nn.Parameter, str]) -> dict[str, torch.Tensor]:
+def remove_state(path: Path) -> None:
+    """And those kept beside it."""
+    for file in (path, *_earlier(path)):
+        file.unlink(missing_ok=True)
+
+
+def _earlier(path: Path) -> list[Path]:
+    """States before `path` that were kept, the newest first."""
+    return sorted(path.parent.glob(f"{path.stem}.{'[0-9]' * 12}.safetensors"), reverse=True)
+
+
+def load_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    """The state at `path`, else the newest of those before it that can be read; None if there is none.
+
+    Raises:
+        ValueError: there are states, and none can be read.
+    """
+    files = [file for file in (path, *_earlier(path)) if file.exists()]
+    for file in files:
+        if counters := _counters(file):
+            if file != files[0]:
+                print(f"{files[0]}: not a training state that can be read; the one at image {counters['seen']} is taken")
+            return load_file(file), counters
+    if files:
+        raise ValueError(f"{files[0]}: not a training state that can be read; delete it to start from the beginning")
+    return None
+
+
+def _counters(file: Path) -> dict[str, Any] | None:
+    """None for what is absent or torn: the header says how long a file is."""
+    try:
+        with safe_open(file, "pt") as opened:
+            return json.loads(opened.metadata()["easyref"])
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError):
+        return None
+
+
+@torch.no_grad()
+def restore(live: Mapping[str, torch.Tensor], kind: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Copy the tensors `kind`/NAME into those by name."""
+    for name, tensor in live.items():
+        tensor.copy_(like(tensor, tensors[f"{kind}/{name}"]))
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.Parameter, str]) -> dict[str, torch.Tensor]:
     """AdamW's moments and step counts, by parameter name."""
     return {
         f"adamw/{names[p]}/{key}": value
@@ -39,10 +95,12 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[torch.nn.Par
     }
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, names: dict[torch.nn.Parameter, str], tensors: dict[str, torch.Tensor]) -> None:
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.Parameter, str], tensors: Mapping[str, torch.Tensor]
+) -> None:
     for group in optimizer.param_groups:
         for p in group["params"]:
             prefix = f"adamw/{names[p]}/"
             found = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             if found:
-                optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in found.items()}
+                optimizer.state[p] = {k: v if k == "step" else like(p, v) for k, v in found.items()}

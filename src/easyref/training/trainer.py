@@ -1,7 +1,8 @@
 """THE loop. Every training of the project (base models and the three stages) is a `Task` that runs through `train`.
 
 Progress is counted in images. All randomness of image number n comes from (seed, purpose, n), so a run that was killed and
-started again by the same command goes on to bit-identical weights, and any split into batch × microbatch draws the same.
+started again by the same command goes on to bit-identical weights, and any split of a batch into microbatches and processes draws the
+same.
 """
 
 from __future__ import annotations
@@ -9,17 +10,22 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from easyref.config import Optimisation
 from easyref.progress import bar
-from easyref.records import clear_temporaries, sha256_json, write_bytes
-from easyref.training.state import load_optimizer, load_state, optimizer_tensors, save_state
+from easyref.records import clear_temporaries, write_bytes
+from easyref.training.engine import Engine
+from easyref.training.state import load_optimizer, load_state, optimizer_tensors, restore, save_state
+
+FREE = ("microbatch", "save_images", "keep_states")  # of Optimisation: a run may go on with other values
 
 
 @dataclass
@@ -27,15 +33,17 @@ class Task:
     """What one training is: named trainable parameters with a learning-rate factor each, and a loss over image numbers.
 
     `loss(numbers)` returns the mean loss over the images of the endless order at those numbers, as a scalar tensor.
-    `fingerprint` is everything that, if changed, makes a saved state meaningless (parameters, input hashes).
+    `inputs` is everything besides `Optimisation` that, if changed, makes a saved state another one's (parameters, hashes).
     """
 
     name: str
+    modules: Sequence[nn.Module]  # that the loss runs
     parameters: dict[str, nn.Parameter]
-    loss: Callable[[range], torch.Tensor]
-    fingerprint: dict
+    loss: Callable[[Sequence[int]], torch.Tensor]
+    inputs: dict[str, Any]
     factors: dict[str, float] = field(default_factory=dict)  # by parameter name; 1 where absent
     validate: Callable[[], dict[str, float]] | None = None
+    shard: bool = False  # whether FSDP2 may share out the modules
 
 
 def learning_rate(seen: int, p: Optimisation) -> float:
@@ -50,57 +58,69 @@ def learning_rate(seen: int, p: Optimisation) -> float:
     return peak * up * down
 
 
-def train(task: Task, p: Optimisation, state_path: Path) -> None:
-    """Run `task` to `p.images` images, resuming from `state_path` when it holds a state of the same fingerprint.
+def train(task: Task, p: Optimisation, state_path: Path, engine: Engine | None = None, allow: Collection[str] = ()) -> None:
+    """Run `task` to `p.images` images, resuming from `state_path` when it holds a state.
 
     Leaves the result in `task.parameters`: the weight average when `p.ema_images` > 0.
     The state file stays until the caller has stored the result and deletes it.
+
+    Raises:
+        ValueError: the state was saved under other values than those in force; `allow` names those that may differ.
+        FloatingPointError: the loss is not a number.
     """
+    engine = engine or Engine()
+    task.parameters = engine.wrap(task.modules, task.parameters, task.shard)
     names = {parameter: name for name, parameter in task.parameters.items()}
     weights = list(task.parameters.values())
     optimizer = torch.optim.AdamW(_groups(task), lr=p.learning_rate, betas=(0.9, 0.99), weight_decay=p.weight_decay, fused=True)
     average = [w.detach().clone() for w in weights] if p.ema_images else []
-    fingerprint = sha256_json({**task.fingerprint, "optimisation": p.model_dump()})
+    averages = {names[w]: a for w, a in zip(weights, average, strict=False)}
+    inputs = _flat({**task.inputs, **p.model_dump(mode="json", exclude=set(FREE))})
     seen, saved = 0, -1
     losses: list[float] = []  # of the updates since the last row of the log
     log = state_path.with_suffix(".jsonl")
-    clear_temporaries(state_path)
-    if state_path.exists():
-        tensors, counters = load_state(state_path)
-        if counters["fingerprint"] == fingerprint:
-            seen = saved = counters["seen"]
-            losses = counters["losses"]
-            _restore(task.parameters, average, tensors)
-            load_optimizer(optimizer, names, tensors)
+    if found := load_state(state_path):
+        tensors, counters = found
+        _check_inputs(task.name, state_path, counters["inputs"], inputs, allow)
+        seen = saved = counters["seen"]
+        losses = counters["losses"]
+        restore(task.parameters, "weights", tensors)
+        restore(averages, "average", tensors)
+        load_optimizer(optimizer, names, tensors)
+    engine.wait()
+    if engine.main:
+        clear_temporaries(state_path)
+        if seen:
             _cut_log(log, seen)
             print(f"{task.name}: goes on at {seen} of {p.images} images")
         else:
-            print(f"{task.name}: parameters or inputs changed since {state_path} was saved; starts from the beginning")
-    if seen == 0:
-        log.unlink(missing_ok=True)
+            log.unlink(missing_ok=True)
 
-    progress = bar(p.images, task.name, initial=seen)
+    progress = bar(p.images, task.name, initial=seen, disable=not engine.main)
     while True:
         last = seen >= p.images
         pause = seen != saved and (last or seen % p.save_images == 0)
         if pause and task.validate:
-            _log(log, {"seen": seen, **task.validate()})
+            row = engine.run(task.validate)
+            if engine.main:
+                _log(log, {"seen": seen, **row})
         if pause and seen:
             tensors = {f"weights/{n}": w for n, w in task.parameters.items()}
-            tensors |= {f"average/{names[w]}": a for w, a in zip(weights, average, strict=False)}
+            tensors |= {f"average/{n}": a for n, a in averages.items()}
             tensors |= optimizer_tensors(optimizer, names)
-            save_state(state_path, tensors, {"seen": seen, "losses": losses, "fingerprint": fingerprint, "time": time.time()})
+            counters = {"seen": seen, "losses": losses, "inputs": inputs, "time": time.time()}
+            save_state(state_path, tensors, counters, engine.main, p.keep_states)
         if last:
             break
         # -- single training step -----------------------------------------------------------------------------
         rate = learning_rate(seen, p)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["factor"]
+        parts = share(range(seen, seen + p.batch), p.microbatch, engine)
         total = 0.0
-        for start in range(seen, seen + p.batch, p.microbatch):
-            loss = task.loss(range(start, start + p.microbatch)) * (p.microbatch / p.batch)
-            loss.backward()
-            total += loss.item()
+        for i, (numbers, portion) in enumerate(parts):
+            total += engine.backward(partial(_weighted, task.loss, numbers, portion), last=i == len(parts) - 1)
+        total = engine.sum(total) / engine.world
         if not math.isfinite(total):
             raise FloatingPointError(f"{task.name}: loss is {total} at image {seen}; lower learning_rate, the state before is kept")
         nn.utils.clip_grad_norm_(weights, 1.0)
@@ -116,12 +136,46 @@ def train(task: Task, p: Optimisation, state_path: Path) -> None:
         if len(losses) * p.batch >= min(p.save_images, 1600) or seen >= p.images:
             mean = sum(losses) / len(losses)
             progress.set_postfix(loss=f"{mean:.4f}")
-            _log(log, {"seen": seen, "loss": mean, "learning_rate": rate})
+            if engine.main:
+                _log(log, {"seen": seen, "loss": mean, "learning_rate": rate})
             losses.clear()
     progress.close()
     with torch.no_grad():
         for weight, kept in zip(weights, average, strict=False):
             weight.copy_(kept)
+    engine.settle()
+
+
+def share(batch: range, microbatch: int, engine: Engine) -> list[tuple[Sequence[int], float]]:
+    """The microbatches of one process, each with the weight of its mean loss, so that the mean over processes of their sums is the
+    mean over the batch. All processes get as many, if need be one that weighs nothing: they meet in each."""
+    size = min(microbatch, -(-len(batch) // engine.world))
+    parts = [batch[start : start + size] for start in range(0, len(batch), size)]
+    own: list[tuple[Sequence[int], float]] = [(n, len(n) / len(batch) * engine.world) for n in parts[engine.rank :: engine.world]]
+    return own + [(parts[0], 0.0)] * (-(-len(parts) // engine.world) - len(own))
+
+
+def _weighted(loss: Callable[[Sequence[int]], torch.Tensor], numbers: Sequence[int], portion: float) -> torch.Tensor:
+    return loss(numbers) * portion
+
+
+def _flat(values: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{before}{key}.") if isinstance(value, dict) else {before + key: value}
+    return flat
+
+
+def _check_inputs(name: str, path: Path, before: dict[str, Any], now: dict[str, Any], allow: Collection[str]) -> None:
+    """ValueError unless what differs is allowed."""
+    differ = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key) and key not in allow]
+    if differ:
+        shown = ", ".join(f"{key} was {before.get(key)!r:.40} and is {now.get(key)!r:.40}" for key in differ)
+        raise ValueError(
+            f"{name}: {path} was saved under other values: {shown}; put them back, go on with the new ones by "
+            f"{' '.join(f'--allow {key}' for key in differ)}, or delete the file to start from the beginning"
+        )
 
 
 def _groups(task: Task) -> list[dict]:
@@ -129,14 +183,6 @@ def _groups(task: Task) -> list[dict]:
     for name, parameter in task.parameters.items():
         by_factor.setdefault(task.factors.get(name, 1.0), []).append(parameter)
     return [{"params": params, "factor": factor} for factor, params in by_factor.items()]
-
-
-@torch.no_grad()
-def _restore(parameters: dict[str, nn.Parameter], average: list[torch.Tensor], tensors: dict[str, torch.Tensor]) -> None:
-    for name, parameter in parameters.items():
-        parameter.copy_(tensors[f"weights/{name}"])
-    for name, mean in zip(parameters, average, strict=False):
-        mean.copy_(tensors[f"average/{name}"])
 
 
 def _log(path: Path, row: dict) -> None:
