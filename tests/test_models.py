@@ -1,5 +1,7 @@
 """The models of a stage as it starts, on the shipped base: dtypes, initial values, and cached vision tokens."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from easyref.config import Params, parse_params
 from easyref.data.dataset import TrainingImages
 from easyref.data.shards import ImageStore
 from easyref.training import stages
-from easyref.training.models import load_models
+from easyref.training.models import Models, load_models
 
 DATA, MODELS = Path("data"), Path("models")
 
@@ -63,3 +65,54 @@ def test_a_frozen_prefix_with_cached_vision_gives_the_tokens_of_the_whole_encode
     for samples in ([first, null], [second, first]):  # the second batch finds vision tokens in the cache, in another order
         torch.testing.assert_close(frozen.reference_tokens(samples), whole.reference_tokens(samples), atol=1e-4, rtol=1e-4)
     assert frozen.reference_tokens([first]).requires_grad and set(frozen.vision) == {(i, 0) for i in (0, 1, 2, 3, stages.NULL)}
+
+
+def gradients(models: Models, images: TrainingImages) -> dict[str, torch.Tensor]:
+    trained, _ = models.trainable(stages.STAGES["finetune_multi"].trains, 1.0)
+    samples = [stages.Sample(0, (1, 2), "farmer"), stages.Sample(3, (1,), "")]
+    stages._loss(models, stages.Inputs(models, images, frozen_prefix=False), samples, 0, ["a", "b"], None).backward()
+    found = {name: tensor.grad for name, tensor in trained.items()}
+    assert all(tensor is not None for tensor in found.values())
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+class Saved:
+    """Bytes that the forward passes inside keep for the backward pass, each tensor once."""
+
+    def __enter__(self) -> Saved:
+        self.storages: dict[int, int] = {}
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.hooks.__exit__()
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        self.storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+
+def test_recomputing_gives_the_same_gradients_and_keeps_less(images: TrainingImages) -> None:
+    found, kept = [], []
+    for parts in ([], ["vision"], ["unet", "mllm", "vision"]):
+        models = load_models(nano("finetune_multi"), MODELS, 2, "fp32")
+        models.recompute(parts)
+        with Saved() as saved:
+            found.append(gradients(models, images))
+        kept.append(sum(saved.storages.values()))
+    assert kept[0] > kept[1] > 2 * kept[2]
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.long
+def test_compiled_blocks_give_the_same_gradients(images: TrainingImages) -> None:
+    plain = gradients(load_models(nano("finetune_multi"), MODELS, 2, "fp32"), images)
+    models = load_models(nano("finetune_multi"), MODELS, 2, "fp32")
+    models.compile()
+    torch._dynamo.utils.counters.clear()
+    compiled = gradients(models, images)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 4  # of every kind of block
+    torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-5)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from easyref.config import Optimisation
 from easyref.seeds import Order, torch_rng
@@ -44,6 +44,21 @@ def trained(p: Optimisation, state: Path) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in run.parameters.items()}
 
 
+def stopped(p: Optimisation, state: Path, at: int) -> None:
+    """`task`, interrupted before image `at`."""
+    stopping = task()
+    loss = stopping.loss
+
+    def stop(numbers: Sequence[int]) -> torch.Tensor:
+        if numbers[0] >= at:
+            raise KeyboardInterrupt
+        return loss(numbers)
+
+    stopping.loss = stop
+    with pytest.raises(KeyboardInterrupt):
+        train(stopping, p, state)
+
+
 def train_and_write(state: Path, out: Path) -> None:
     torch.set_num_threads(1)
     save_file(trained(Optimisation(**PARAMS), state), out)
@@ -71,17 +86,8 @@ def test_kill_9_and_again_gives_the_same_bits(tmp_path: Path) -> None:
 def test_stopped_between_two_rows_of_the_log_goes_on_to_the_same_log(tmp_path: Path) -> None:
     p = Optimisation(**(PARAMS | {"images": 4800, "batch": 80, "microbatch": 80, "save_images": 2400}))
     train(task(), p, tmp_path / "whole.safetensors")
-    stopping, state = task(), tmp_path / "stopped.safetensors"
-    loss = stopping.loss
-
-    def stop(numbers: Sequence[int]) -> torch.Tensor:
-        if numbers[0] >= 2800:
-            raise KeyboardInterrupt
-        return loss(numbers)
-
-    stopping.loss = stop
-    with pytest.raises(KeyboardInterrupt):
-        train(stopping, p, state)
+    state = tmp_path / "stopped.safetensors"
+    stopped(p, state, at=2800)
     train(task(), p, state)
     assert state.with_suffix(".jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
 
@@ -143,17 +149,8 @@ def train_on_a_full_disk(state: Path, most: int) -> None:
 
 
 def test_a_full_disk_is_one_clear_line_and_keeps_the_last_state(tmp_path: Path) -> None:
-    stopping, state = task(), tmp_path / "state.safetensors"
-    loss = stopping.loss
-
-    def stop(numbers: Sequence[int]) -> torch.Tensor:
-        if numbers[0] >= 32:
-            raise KeyboardInterrupt
-        return loss(numbers)
-
-    stopping.loss = stop
-    with pytest.raises(KeyboardInterrupt):
-        train(stopping, Optimisation(**PARAMS), state)
+    state = tmp_path / "state.safetensors"
+    stopped(Optimisation(**PARAMS), state, at=32)
     before = state.read_bytes()
     assert exit_code(start(train_on_a_full_disk, state, len(before) // 2)) == 0
     assert state.read_bytes() == before
@@ -193,3 +190,21 @@ def test_the_rate_falls_to_zero_and_rises_again_at_a_restart() -> None:
     assert learning_rate(200, p) == pytest.approx(5e-3 * p.batch / 40)
     with pytest.raises(ValueError, match="restart.at"):
         Optimisation(**round_1, restart={"at": 350, "learning_rate": 5.0e-3, "cooldown_images": 80})  # type: ignore[arg-type]
+
+
+def test_moments_in_8_bits_take_a_quarter_of_the_memory_and_go_on_exactly(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    p = Optimisation(**{**PARAMS, "images": 160, "optimizer": "adamw8bit"})
+    whole = trained(p, tmp_path / "whole.safetensors")
+    plain = trained(Optimisation(**{**PARAMS, "images": 160}), tmp_path / "plain.safetensors")
+    assert not all(torch.equal(whole[n], plain[n]) for n in whole)
+    assert all((whole[n] - plain[n]).abs().mean() < 0.1 * plain[n].abs().mean() for n in whole)
+    sizes = {
+        name: sum(t.nbytes for key, t in load_file(tmp_path / f"{name}.safetensors").items() if key.startswith("optimizer/"))
+        for name in ("whole", "plain")
+    }
+    assert sizes["whole"] < 0.3 * sizes["plain"]
+    state = tmp_path / "state.safetensors"
+    stopped(p, state, at=80)
+    again = trained(p, state)
+    assert all(torch.equal(whole[n], again[n]) for n in whole)

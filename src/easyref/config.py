@@ -140,6 +140,7 @@ class Optimisation(Section):
     save_images: PositiveInt  # a checkpoint every so many images
     restart: Restart | None = None
     keep_states: PositiveInt = 1  # checkpoints that stay: an earlier one is taken when the newest cannot be read
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # moments in 8 bits (bitsandbytes): a quarter of their memory
 
     @model_validator(mode="after")
     def _divide(self) -> Optimisation:
@@ -281,6 +282,8 @@ class Stage(Samples):
     lora_rank: int = Field(ge=0)
     min_snr: float | None  # weight of the loss over timesteps; null: the paper's plain mean
     precision: Literal["fp32", "bf16"]
+    recompute: list[Literal["unet", "mllm", "vision"]] = []  # whose blocks run again in the backward pass: less memory, more time
+    compile: bool = False  # the blocks of UNet and MLLM by torch.compile
 
 
 class Evaluate(Section):

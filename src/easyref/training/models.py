@@ -17,6 +17,7 @@ from easyref.model.reference import ReferenceConfig, ReferenceEncoder, Reference
 from easyref.model.weights import CheckpointConfig
 from easyref.records import sha256_file, sha256_json
 from easyref.seeds import torch_rng
+from easyref.training.engine import BLOCKS
 
 #: Parts that start from nothing or from a copy, and may learn faster (`new_part_rate`).
 NEW_PARTS = ("reference_tokens", "projector", "reference_kv")
@@ -60,6 +61,21 @@ class Models:
                     trained[names[tensor]] = tensor
                     factors[names[tensor]] = new_part_rate if part in NEW_PARTS else 1.0
         return trained, factors
+
+    def recompute(self, parts: Collection[str]) -> None:
+        """Blocks of these parts keep their input alone and run again in the backward pass."""
+        if "unet" in parts:
+            self.unet.enable_gradient_checkpointing()
+        for part, module in (("mllm", self.encoder.mllm.language_model), ("vision", self.encoder.mllm.visual)):
+            if part in parts:
+                module.gradient_checkpointing_enable()
+                module.train()  # no dropout is in them; only so do the blocks recompute
+
+    def compile(self) -> None:
+        """Block by block: one graph for all of a kind, and no break at what looks at values."""
+        for model in (self.unet, self.encoder.mllm):
+            for module in [m for m in model.modules() if type(m).__name__ in BLOCKS]:
+                module.compile()
 
     def checkpoint_config(self, params: Params, stage: Stage, has_mllm: bool) -> CheckpointConfig:
         rank = stage.lora_rank or None

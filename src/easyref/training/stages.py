@@ -57,6 +57,9 @@ def run_stage(
     engine.say(hardware)
     if starts_from:
         weights.load(models_folder / starts_from, models.encoder, models.adapter, fresh_lora=True)
+    models.recompute(p.recompute)
+    if p.compile:
+        models.compile()
     images = TrainingImages(data)
     inputs = Inputs(models, images, frozen_prefix="mllm" not in spec.trains)
     sampler = Sampler(images, p, params.seed, name)

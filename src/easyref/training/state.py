@@ -86,9 +86,9 @@ def restore(live: Mapping[str, torch.Tensor], kind: str, tensors: Mapping[str, t
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.Parameter, str]) -> dict[str, torch.Tensor]:
-    """AdamW's moments and step counts, by parameter name."""
+    """The optimizer's moments and step counts, by parameter name."""
     return {
-        f"adamw/{names[p]}/{key}": value
+        f"optimizer/{names[p]}/{key}": value.clone() if key.startswith("qmap") else torch.as_tensor(value)  # one for all parameters
         for group in optimizer.param_groups
         for p in group["params"]
         for key, value in optimizer.state.get(p, {}).items()
@@ -98,9 +98,12 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.
 def load_optimizer(
     optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.Parameter, str], tensors: Mapping[str, torch.Tensor]
 ) -> None:
+    python_steps = not isinstance(optimizer, torch.optim.AdamW)  # bitsandbytes counts them in Python
     for group in optimizer.param_groups:
         for p in group["params"]:
-            prefix = f"adamw/{names[p]}/"
+            prefix = f"optimizer/{names[p]}/"
             found = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             if found:
-                optimizer.state[p] = {k: v if k == "step" else like(p, v) for k, v in found.items()}
+                step = found.pop("step")
+                moments = {key: like(p, value) for key, value in found.items()}
+                optimizer.state[p] = {"step": int(step) if python_steps else step, **moments}

@@ -25,7 +25,7 @@ from easyref.records import clear_temporaries, write_bytes
 from easyref.training.engine import Engine
 from easyref.training.state import load_optimizer, load_state, optimizer_tensors, restore, save_state
 
-FREE = ("microbatch", "save_images", "keep_states")  # of Optimisation: a run may go on with other values
+FREE = ("microbatch", "save_images", "keep_states", "recompute", "compile")  # parameters that a run may go on with other values of
 
 
 @dataclass
@@ -72,7 +72,7 @@ def train(task: Task, p: Optimisation, state_path: Path, engine: Engine | None =
     task.parameters = engine.wrap(task.modules, task.parameters, task.shard)
     names = {parameter: name for name, parameter in task.parameters.items()}
     weights = list(task.parameters.values())
-    optimizer = torch.optim.AdamW(_groups(task), lr=p.learning_rate, betas=(0.9, 0.99), weight_decay=p.weight_decay, fused=True)
+    optimizer = _optimizer(task, p)
     average = [w.detach().clone() for w in weights] if p.ema_images else []
     averages = {names[w]: a for w, a in zip(weights, average, strict=False)}
     inputs = _flat({**task.inputs, **p.model_dump(mode="json", exclude=set(FREE))})
@@ -176,6 +176,19 @@ def _check_inputs(name: str, path: Path, before: dict[str, Any], now: dict[str, 
             f"{name}: {path} was saved under other values: {shown}; put them back, go on with the new ones by "
             f"{' '.join(f'--allow {key}' for key in differ)}, or delete the file to start from the beginning"
         )
+
+
+def _optimizer(task: Task, p: Optimisation) -> torch.optim.Optimizer:
+    common: dict[str, Any] = {"lr": p.learning_rate, "betas": (0.9, 0.99), "weight_decay": p.weight_decay}
+    if p.optimizer == "adamw":
+        return torch.optim.AdamW(_groups(task), **common, fused=True)
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise ValueError("optimizer adamw8bit needs bitsandbytes; `pip install easyref[bitsandbytes]`, or optimizer: adamw") from None
+    if any(hasattr(parameter, "full_tensor") for parameter in task.parameters.values()):
+        raise ValueError("optimizer adamw8bit cannot take shards; launch without --use_fsdp, or optimizer: adamw")
+    return bitsandbytes.optim.AdamW8bit(_groups(task), **common)
 
 
 def _groups(task: Task) -> list[dict]:
