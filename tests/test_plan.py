@@ -60,7 +60,7 @@ def images() -> TrainingImages:
 @pytest.mark.parametrize("name", list(stages.STAGES))
 def test_a_real_microbatch_costs_what_is_planned(name: str, nano: Params, images: TrainingImages, monkeypatch) -> None:
     spec, p = stages.STAGES[name], getattr(nano, name)
-    models = load_models(nano, MODELS, p.lora_rank or None, p.precision)
+    models = load_models(nano, MODELS, p.lora_rank or None, p.precision, "mllm" not in spec.trains)
     trained, _ = models.trainable(spec.trains, p.new_part_rate)
     inputs = stages.Inputs(models, images, frozen_prefix="mllm" not in spec.trains)
     prompts = ["a", "b", "c", "d e"]  # all different, so that no cache spares work; of two lengths, so that the batch is padded

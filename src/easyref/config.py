@@ -282,6 +282,7 @@ class Stage(Samples):
     lora_rank: int = Field(ge=0)
     min_snr: float | None  # weight of the loss over timesteps; null: the paper's plain mean
     precision: Literal["fp32", "bf16"]
+    freeze: list[Literal["mllm", "lora", "final_layer", "reference_tokens", "projector", "reference_kv"]] = []  # trained otherwise
     recompute: list[Literal["unet", "mllm", "vision"]] = []  # whose blocks run again in the backward pass: less memory, more time
     compile: bool = False  # the blocks of UNet and MLLM by torch.compile
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from easyref.config import Align, Captioning, Optimisation, Params, TextToImage
 from easyref.evaluation.generations import CONDITIONS
 from easyref.evaluation.mrbench import COMPARISON
-from easyref.meter import matmul_rate, measure
+from easyref.meter import DeviceKernels, matmul_rate, measure
 from easyref.model import shapes
 from easyref.model.attention import kv_layout, packed_width
 from easyref.model.reference import PrefixStates
@@ -34,8 +35,8 @@ from easyref.progress import use_threads
 from easyref.training import base
 from easyref.training.align import PARTS
 from easyref.training.loss import diffusion_loss, encode_batch, encode_text, to_latents
-from easyref.training.models import DTYPES, Models, fresh_easyref
-from easyref.training.stages import STAGES
+from easyref.training.models import CHECKPOINT, DTYPES, Models, fresh_easyref
+from easyref.training.stages import STAGES, parts
 
 META = torch.device("meta")
 EFFICIENCY = 0.5  # share of a matrix product's speed that a training reaches: 0.51 to 0.54 in the nano stages on one CPU core
@@ -106,19 +107,25 @@ def base_models(params: Params, folder: Path) -> dict[str, Any]:
         }
 
 
-def easyref_models(params: Params, folder: Path, lora_rank: int | None, precision: str) -> Models:
+def easyref_models(
+    params: Params, folder: Path, lora_rank: int | None, precision: str, frozen_mllm: bool = False, recompute: Sequence[str] = ()
+) -> Models:
     """What `load_models` gives, in the same dtypes, without weights."""
     m = base_models(params, folder)
     for name, model in m.items():
         if name in ("unet", "text_encoder", "text_encoder_2"):
             nn.Module.to(model, DTYPES[precision])  # diffusers' own `to` warns
         model.eval().requires_grad_(name == "mllm")
-    encoder, adapter = fresh_easyref(params, m["unet"], m["mllm"], lora_rank)
+    prefix = DTYPES[precision] if frozen_mllm else torch.float32
+    encoder, adapter = fresh_easyref(params, m["unet"], m["mllm"], lora_rank, prefix)
     none: Any = None
-    return Models(
+    models = Models(
         unet=m["unet"], vae=m["vae"], text_encoders=_text_encoders(m), scheduler=base.noise_schedule(), encoder=encoder,
         processor=none, adapter=adapter, accelerator=none, base_hash="",
     )  # fmt: skip
+    again = lambda: (nullcontext(), DeviceKernels(precision))  # noqa: E731 (the backward pass leaves the first one)
+    models.recompute(recompute, partial(CHECKPOINT, context_fn=again))
+    return models
 
 
 # -- trainings ---------------------------------------------------------------------------------------------------------
@@ -166,11 +173,12 @@ def _image_loss(params: Params, m: dict[str, Any], p: TextToImage) -> Tensor:
     return diffusion_loss(m["unet"], base.noise_schedule(), latents_BChw, text_BLX, added, 0, range(p.microbatch), p.min_snr)
 
 
-def stage_row(params: Params, name: str, make: Callable[[int | None, str], Models]) -> Row:
+def stage_row(params: Params, name: str, make: Callable[..., Models]) -> Row:
     """One of the three stages, with the most references in every sample; what a run caches is computed once an image."""
     p = getattr(params, name)
-    models = make(p.lora_rank or None, p.precision)
-    trained, _ = models.trainable(STAGES[name].trains)
+    trains = parts(name, p)
+    models = make(p.lora_rank or None, p.precision, "mllm" not in trains, tuple(p.recompute))
+    trained, _ = models.trainable(trains)
 
     def loss() -> Tensor:
         text_BLX, added = _text_states(models.text_encoders, p.microbatch)
@@ -226,11 +234,13 @@ def _row(
         pixels_B3HW = torch.empty(encoded, 3, params.ingest.size, params.ingest.size, device=META)
         with torch.no_grad():
             encode = measure(lambda: to_latents(vae, pixels_B3HW), "fp32").peak
-    copies = 1 + 2 + (p.ema_images > 0)  # gradient, AdamW's moments, weight average: each in the dtype of its weight
+    moments = 2 if p.optimizer == "adamw" else 2 / 4  # of 8 bits instead of 32
+    copies = 1 + moments + (p.ema_images > 0)  # gradient, moments, weight average: each in the dtype of its weight
     count = sum(w.numel() for w in parameters)
+    optimizer = round(copies * sum(w.nbytes for w in parameters))
     return Row(
         name=name, images=p.images, batch=p.batch, microbatch=p.microbatch, references=references, precision=precision,
-        trained=count, frozen=_count(modules) - count, weights=_bytes(modules), optimizer=copies * sum(w.nbytes for w in parameters),
+        trained=count, frozen=_count(modules) - count, weights=_bytes(modules), optimizer=optimizer,
         activations=cost.peak, encode=encode, flop=cost.flop / p.microbatch,
     )  # fmt: skip
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 from easyref.config import Params, Stage
@@ -21,6 +23,7 @@ from easyref.training.engine import BLOCKS
 
 #: Parts that start from nothing or from a copy, and may learn faster (`new_part_rate`).
 NEW_PARTS = ("reference_tokens", "projector", "reference_kv")
+CHECKPOINT = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -62,13 +65,13 @@ class Models:
                     factors[names[tensor]] = new_part_rate if part in NEW_PARTS else 1.0
         return trained, factors
 
-    def recompute(self, parts: Collection[str]) -> None:
-        """Blocks of these parts keep their input alone and run again in the backward pass."""
+    def recompute(self, parts: Collection[str], checkpoint: Callable[..., Any] = CHECKPOINT) -> None:
+        """Blocks of these parts keep their input alone and run again in the backward pass; `checkpoint(block, *args)` is how."""
         if "unet" in parts:
-            self.unet.enable_gradient_checkpointing()
+            self.unet.enable_gradient_checkpointing(checkpoint)
         for part, module in (("mllm", self.encoder.mllm.language_model), ("vision", self.encoder.mllm.visual)):
             if part in parts:
-                module.gradient_checkpointing_enable()
+                module._set_gradient_checkpointing(True, checkpoint)
                 module.train()  # no dropout is in them; only so do the blocks recompute
 
     def compile(self) -> None:
@@ -104,10 +107,15 @@ def reference_config(params: Params, mllm_config: Any, cross_attention_dim: int)
     )  # fmt: skip
 
 
-def fresh_easyref(params: Params, unet: Any, mllm: Any, lora_rank: int | None) -> tuple[ReferenceEncoder, Adapter]:
-    """Reference encoder over `mllm` and adapter in `unet`, as a stage starts with them; on the devices of the two."""
+def fresh_easyref(
+    params: Params, unet: Any, mllm: Any, lora_rank: int | None, prefix: torch.dtype = torch.float32
+) -> tuple[ReferenceEncoder, Adapter]:
+    """Reference encoder over `mllm` and adapter in `unet`, as a stage starts with them; on the devices of the two. `prefix`: dtype of
+    the MLLM's weights but those of its last layer."""
     config = reference_config(params, mllm.config, unet.config.cross_attention_dim)
     encoder = ReferenceEncoder(mllm, config, torch_rng(params.seed, "encoder"))
+    for parameter in encoder.mllm.parameters():  # and no buffer: rotary frequencies stay exact
+        parameter.data = parameter.data.to(prefix)
     alpha = float(lora_rank) if lora_rank else None
     adapter = Adapter.install(unet, config.num_tokens, lora_rank, alpha, torch_rng(params.seed, "lora"))
     for name, parameter in adapter.named_parameters().items():
@@ -117,8 +125,10 @@ def fresh_easyref(params: Params, unet: Any, mllm: Any, lora_rank: int | None) -
     return encoder, adapter
 
 
-def load_models(params: Params, folder: Path, lora_rank: int | None, precision: str) -> Models:
-    """Base models from `folder/base` (which the stage `base` fills, by training or from the hub) with a fresh EasyRef."""
+def load_models(params: Params, folder: Path, lora_rank: int | None, precision: str, frozen_mllm: bool = False) -> Models:
+    """Base models from `folder/base` (which the stage `base` fills, by training or from the hub) with a fresh EasyRef.
+
+    `frozen_mllm`: the MLLM but for its last layer is in the precision of what is frozen."""
     from accelerate import Accelerator
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, Qwen2VLForConditionalGeneration
@@ -136,7 +146,8 @@ def load_models(params: Params, folder: Path, lora_rank: int | None, precision: 
     encoders = [load(CLIPTextModel, "text_encoder"), load(CLIPTextModelWithProjection, "text_encoder_2")]
     tokenizers = [AutoTokenizer.from_pretrained(diffusion / name) for name in ("tokenizer", "tokenizer_2")]
     mllm = Qwen2VLForConditionalGeneration.from_pretrained(mllm_folder, dtype=torch.float32)
-    encoder, adapter = fresh_easyref(params, unet, mllm.to(accelerator.device), lora_rank)
+    encoder, adapter = fresh_easyref(params, unet, mllm, lora_rank, frozen if frozen_mllm else torch.float32)
+    encoder.to(accelerator.device)
     files = sorted([*diffusion.rglob("*.safetensors"), *mllm_folder.glob("*.safetensors")])
     return Models(
         unet=unet, vae=load(AutoencoderKL, "vae", torch.float32), text_encoders=list(zip(tokenizers, encoders, strict=True)),

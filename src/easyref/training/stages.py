@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from easyref.config import Params
+from easyref.config import Params, Stage
 from easyref.data.dataset import TrainingImages
 from easyref.model import weights
 from easyref.progress import use_threads
@@ -43,6 +43,11 @@ STAGES = {
 }
 
 
+def parts(name: str, p: Stage) -> tuple[str, ...]:
+    """What the stage trains under its parameters."""
+    return tuple(part for part in STAGES[name].trains if part not in p.freeze)
+
+
 def run_stage(
     params: Params, name: str, data: Path, models_folder: Path, out: Path, curves: Path, work: Path, starts_from: str | None,
     allow: Collection[str] = (),
@@ -50,25 +55,27 @@ def run_stage(
     """Run one stage of the table and write its checkpoint folder `out` and its training `curves`, from that of the stage
     `starts_from`. A killed run goes on from its state in `work`, on any number of processes; the state of a finished one is removed, so
     that the next call trains again. `allow`: values that may differ from those a state was saved under."""
-    spec, p = STAGES[name], getattr(params, name)
+    p = getattr(params, name)
+    trains = parts(name, p)
     hardware = use_threads(params.threads)
-    models = load_models(params, models_folder, p.lora_rank or None, p.precision)
+    models = load_models(params, models_folder, p.lora_rank or None, p.precision, frozen_mllm="mllm" not in trains)
     engine = Engine(models.accelerator)
     engine.say(hardware)
+    with_mllm = "mllm" in trains
     if starts_from:
-        weights.load(models_folder / starts_from, models.encoder, models.adapter, fresh_lora=True)
+        with_mllm |= weights.load(models_folder / starts_from, models.encoder, models.adapter, fresh_lora=True).has_mllm
     models.recompute(p.recompute)
     if p.compile:
         models.compile()
     images = TrainingImages(data)
-    inputs = Inputs(models, images, frozen_prefix="mllm" not in spec.trains)
+    inputs = Inputs(models, images, frozen_prefix="mllm" not in trains)
     sampler = Sampler(images, p, params.seed, name)
     validate = Validation(params, models, data)
     warm = work / "align.safetensors" if params.align and not starts_from else None
     if warm:
         align(params, inputs, validate.inputs, warm, engine, allow)
-    trained, factors = models.trainable(spec.trains, p.new_part_rate)
-    engine.say(f"{name}: trains {sum(t.numel() for t in trained.values()):,} parameters of {', '.join(spec.trains)}")
+    trained, factors = models.trainable(trains, p.new_part_rate)
+    engine.say(f"{name}: trains {sum(t.numel() for t in trained.values()):,} parameters of {', '.join(trains)}")
 
     def loss(numbers: Sequence[int]) -> torch.Tensor:
         samples = [sampler(n) for n in numbers]
@@ -86,13 +93,13 @@ def run_stage(
     state = work / f"{name}.safetensors"
     train(Task(name, [models.encoder, models.unet], trained, loss, depends, factors, validate, shard=True), p, state, engine, allow)
     tensors = {}
-    for key, tensor in weights.tensors(models.encoder, models.adapter, with_mllm="mllm" in spec.trains).items():
+    for key, tensor in weights.tensors(models.encoder, models.adapter, with_mllm).items():
         full = whole(tensor)
         if engine.main:
             tensors[key] = full.cpu()
     if not engine.main:
         return
-    weights.save(out, tensors, models.checkpoint_config(params, p, "mllm" in spec.trains), torch.float32)
+    weights.save(out, tensors, models.checkpoint_config(params, p, with_mllm), torch.float32)
     write_curves(state.with_suffix(".jsonl"), curves)
     if warm:
         write_curves(warm.with_suffix(".jsonl"), curves / "align")
