@@ -57,12 +57,18 @@ def images() -> TrainingImages:
     return TrainingImages(DATA, sorted(ImageStore(DATA / "images").rows)[:12])
 
 
-@pytest.mark.parametrize("name", list(stages.STAGES))
-def test_a_real_microbatch_costs_what_is_planned(name: str, nano: Params, images: TrainingImages, monkeypatch) -> None:
-    spec, p = stages.STAGES[name], getattr(nano, name)
-    models = load_models(nano, MODELS, p.lora_rank or None, p.precision, "mllm" not in spec.trains)
-    trained, _ = models.trainable(spec.trains, p.new_part_rate)
-    inputs = stages.Inputs(models, images, frozen_prefix="mllm" not in spec.trains)
+SAVING = [{"recompute": ["unet", "mllm", "vision"], "optimizer": "adamw8bit"}, {"recompute": ["unet"], "freeze": ["mllm"]}]
+
+
+@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in stages.STAGES), *(("finetune_multi", o) for o in SAVING)])
+def test_a_real_microbatch_costs_what_is_planned(name: str, options: dict, nano: Params, images: TrainingImages, monkeypatch) -> None:
+    nano = parse_params(nano.model_dump() | {name: getattr(nano, name).model_dump() | options})
+    p = getattr(nano, name)
+    trains = stages.parts(name, p)
+    models = load_models(nano, MODELS, p.lora_rank or None, p.precision, "mllm" not in trains)
+    models.recompute(p.recompute)
+    trained, _ = models.trainable(trains, p.new_part_rate)
+    inputs = stages.Inputs(models, images, frozen_prefix="mllm" not in trains)
     prompts = ["a", "b", "c", "d e"]  # all different, so that no cache spares work; of two lengths, so that the batch is padded
     samples = [
         stages.Sample(i, tuple(p.max_references * i + k for k in range(p.max_references)), prompt) for i, prompt in enumerate(prompts)
@@ -80,9 +86,9 @@ def test_a_real_microbatch_costs_what_is_planned(name: str, nano: Params, images
     assert row.trained == sum(t.numel() for t in trained.values())
     assert row.frozen == sum(t.numel() for t in everything if isinstance(t, nn.Parameter) and not t.requires_grad)
     assert row.weights == sum(t.nbytes for t in everything)
-    assert row.optimizer == 4 * 4 * row.trained  # gradient, two moments, average: fp32
+    assert row.optimizer == (4 + 4 + (2 if p.optimizer == "adamw8bit" else 8)) * row.trained  # gradient, average, two moments
     assert row.flop * p.microbatch == real.flop
-    assert row.activations == pytest.approx(real.peak, rel=0.02)
+    assert row.activations == pytest.approx(real.peak, rel=0.04 if options else 0.02)  # with little kept, small things count
 
 
 def test_base_models_have_the_sizes_of_the_shipped_ones(nano: Params, planned) -> None:
@@ -109,6 +115,12 @@ def test_sdxl_is_planned_without_weights_and_network(monkeypatch, tmp_path: Path
     projector = d * d + d + d * x + x + 2 * x
     reference_kv = (10 * 640 + 60 * 1280) * 2 * x
     assert sum(t.numel() for t in trained.values()) == 64 * d + layer + projector + reference_kv
+
+
+@pytest.mark.long
+def test_the_preset_for_24_gb_fits() -> None:
+    _, rows = plan.plan(load_params("presets/sdxl-24gb.yaml"), Path("nowhere"))
+    assert all(row.memory < 0.8 * 24e9 for stage in rows.values() for row in stage)
 
 
 def test_an_unknown_hub_id_names_the_config_it_needs(tmp_path: Path) -> None:

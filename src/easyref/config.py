@@ -296,6 +296,7 @@ class Evaluate(Section):
     held_in_samples: PositiveInt
     grid_rows: PositiveInt
     bootstrap: PositiveInt
+    precision: Literal["fp32", "bf16"] = "fp32"  # of all models that draw
 
 
 class GroupLora(Section):

@@ -78,7 +78,7 @@ def plan(params: Params, folder: Path) -> tuple[dict[str, int], dict[str, list[R
     stages |= {name: [stage_row(params, name, models)] for name in STAGES}
     if params.align:
         stages["pretrain"].insert(0, align_row(params, params.align, models(None, "fp32")))
-    drawn = evaluate_row(params, models(None, "fp32"))
+    drawn = evaluate_row(params, easyref_models(params, folder, None, "fp32"))
     more = len(COMPARISON.methods) - len(CONDITIONS) - 1  # `mrbench` finds those of `evaluate`, and a copy is not drawn
     baselines = replace(drawn, name="mrbench, without tuning", images=drawn.images // len(CONDITIONS) * more)
     return sizes, stages | {"evaluate": [drawn], "mrbench": [baselines], "report": []}
@@ -202,20 +202,23 @@ def align_row(params: Params, p: Align, models: Models) -> Row:
 
 
 def evaluate_row(params: Params, models: Models) -> Row:
-    """The images that are generated: fp32, LoRA merged, packed keys and values. The judges come on top."""
-    p, references = params.evaluate, params.finetune_multi.max_references
+    """The images that are generated: all in one precision, LoRA merged, packed keys and values. The judges come on top."""
+    p, references, dtype = params.evaluate, params.finetune_multi.max_references, DTYPES[params.evaluate.precision]
+    for module in _modules(models):
+        nn.Module.to(module, dtype)
     rows, width_W = p.batch * (2 if p.guidance > 1 else 1), packed_width(kv_layout(models.unet))
-    latents_BChw, step_1 = _latents(params, models.vae, rows), torch.empty(1, device=META)
+    latents_BChw, step_1 = _latents(params, models.vae, rows).to(dtype), torch.empty(1, device=META)
     with torch.no_grad():
         text_BLX, added = _text_states(models.text_encoders, rows)
-        conditions = {**added, "image_embeds": [torch.empty(rows, 1, params.reference.num_tokens, width_W, device=META)]}
+        payload_B1TW = torch.empty(rows, 1, params.reference.num_tokens, width_W, device=META, dtype=dtype)
+        conditions = {**added, "image_embeds": [payload_B1TW]}
         prompt = models.text_encoders[0][0].model_max_length
         read = measure(lambda: _mllm_states(params, models.encoder.mllm, p.batch, references, prompt), "fp32")
         step = measure(lambda: models.unet(latents_BChw, step_1, text_BLX, added_cond_kwargs=conditions).sample, "fp32")
         decode = measure(lambda: models.vae.decode(latents_BChw[: p.batch]).sample, "fp32")
     return Row(
         name="evaluate", images=(p.held_out_samples + p.held_in_samples) * len(CONDITIONS), batch=p.batch, microbatch=p.batch,
-        references=references, precision="fp32", trained=0, frozen=_count(_modules(models)), weights=_bytes(_modules(models)),
+        references=references, precision=p.precision, trained=0, frozen=_count(_modules(models)), weights=_bytes(_modules(models)),
         optimizer=0, activations=max(read.peak, step.peak, decode.peak), encode=0,
         flop=(read.flop + p.steps * step.flop + decode.flop) / p.batch,
     )  # fmt: skip

@@ -12,6 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from easyref import pipeline
 from easyref.config import Params
 from easyref.data.shards import ImageStore
@@ -40,14 +42,18 @@ class Place:
         self.images = self.store.table.join(read_table(data / "split" / "images.parquet", ("sha256", "split")), on="sha256")
         self.samples = read_table(data / "split" / "samples.parquet")
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.params.evaluate.precision == "bf16" else torch.float32
+
     @cached_property
     def easyref(self) -> EasyRef:
-        return EasyRef.from_pretrained(self.checkpoint, base=self.models)
+        return EasyRef.from_pretrained(self.checkpoint, base=self.models, dtype=self.dtype)
 
     @cached_property
     def base_pipe(self) -> Any:
         """The base pipeline without EasyRef."""
-        return EasyRef.base_pipeline(self.checkpoint, base=self.models)
+        return EasyRef.base_pipeline(self.checkpoint, base=self.models, dtype=self.dtype)
 
     @cached_property
     def hashes(self) -> dict[str, list[str]]:
@@ -65,7 +71,7 @@ class Place:
                 drawn.append(make())
             return drawn[0](requests)
 
-        return Painter(draw, [*self.hashes["base"], p.steps, p.guidance, p.scale, *made_with])
+        return Painter(draw, [*self.hashes["base"], p.steps, p.guidance, p.scale, p.precision, *made_with])
 
     def ours(self, make: Callable[[EasyRef], Generate]) -> Painter:
         """One that draws with the checkpoint."""
