@@ -565,6 +565,24 @@ def trt_verify(
 
 
 @app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Published file, or checkpoint folder.")],
+    out: Annotated[Path, typer.Argument(help="Checkpoint folder, or published file, that is not there yet.")],
+    dtype: Annotated[Literal["stored", "fp32", "bf16"], typer.Option(help="stored: each tensor's own.")] = "stored",
+    trust_pickle: Annotated[bool, typer.Option("--trust-pickle", help="Read a pickle too, as DeepSpeed writes it.")] = False,
+    params: Annotated[Path, typer.Option("--params", help="The base models of a published file.")] = Path("presets/sdxl.yaml"),
+) -> None:
+    """The published EasyRef weights → checkpoint folder; or back."""
+    if not source.exists():  # before the imports that take seconds
+        raise FileNotFoundError(f"{source}: no such file or checkpoint folder")
+    if out.exists():
+        raise ValueError(f"{out} is there already; name another, or delete it")
+    from easyref.convert import convert as run
+
+    print("\n".join(run(source, out, params, dtype, trust_pickle)))
+
+
+@app.command()
 def release(
     onnx: Annotated[Path | None, typer.Option(help="Folder of `python -m export`: attach its graphs to the version.")] = None,
 ) -> None:

@@ -14,7 +14,7 @@ from typing import Final, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -53,10 +53,15 @@ def save(folder: Path, named: Mapping[str, Tensor], config: CheckpointConfig, dt
     """Write a checkpoint of `tensors(...)` (or of the same names gathered from shards), stored as `dtype`."""
     folder.mkdir(parents=True, exist_ok=True)
     stored = {name: t.detach().to("cpu", dtype).contiguous() for name, t in named.items()}
-    text = config.model_dump_json(indent=2) + "\n"
+    text = config_text(config)
     with atomic_path(folder / WEIGHTS) as path:
         save_file(stored, path, metadata={"config": text})  # one key: several are written in no fixed order
     write_bytes(folder / CONFIG, text.encode())
+
+
+def config_text(config: CheckpointConfig) -> str:
+    """What stands in `config.json` and, under the key `config`, in the header of the weights."""
+    return config.model_dump_json(indent=2) + "\n"
 
 
 def read_config(folder: Path) -> CheckpointConfig:
@@ -71,6 +76,8 @@ def read_config(folder: Path) -> CheckpointConfig:
         if data != header:
             raise ValueError(f"{folder}: {CONFIG} is not the one {WEIGHTS} was saved with; fetch the folder again")
         return CheckpointConfig.model_validate(data)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS}: no whole safetensors file ({error}); fetch the folder again") from error
     except FileNotFoundError as error:
         raise ValueError(f"{folder} has no {CONFIG} or no {WEIGHTS}; give the folder of a checkpoint") from error
     except ValidationError as error:
@@ -91,7 +98,10 @@ def load(folder: Path, encoder: ReferenceEncoder, adapter: Adapter, fresh_lora: 
     if fresh_lora and config.lora_rank is None:
         expected = {name: t for name, t in expected.items() if not name.startswith("adapter.lora.")}
     with safe_open(folder / WEIGHTS, framework="pt") as file:
-        _check_names(folder, expected, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        faults = misfit({name: tuple(t.shape) for name, t in expected.items()}, found)
+        if faults:
+            raise ValueError(f"{folder / WEIGHTS} does not fit: {faults}; build the model from the checkpoint's config")
         with torch.no_grad():
             for name, target in expected.items():  # one tensor at a time: no second copy of the model in memory
                 target.copy_(file.get_tensor(name))
@@ -108,18 +118,16 @@ def _check_reference(folder: Path, ours: ReferenceConfig, theirs: ReferenceConfi
             )
 
 
-def _check_names(folder: Path, expected: Mapping[str, Tensor], found: Mapping[str, tuple[int, ...]]) -> None:
+def misfit(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
+    """Missing, extra and misshapen tensors by name and shape, a few of each and how many more; empty if all fit."""
     missing = sorted(expected.keys() - found.keys())
     extra = sorted(found.keys() - expected.keys())
     shapes = [
-        f"{n} {list(found[n])} instead of {list(expected[n].shape)}"
+        f"{n} {list(found[n])} instead of {list(expected[n])}"
         for n in sorted(expected.keys() & found.keys())
-        if found[n] != tuple(expected[n].shape)
+        if found[n] != expected[n]
     ]
-    faults = [_few(k, v) for k, v in (("missing", missing), ("extra", extra), ("misshapen", shapes)) if v]
-    if faults:
-        where = folder / WEIGHTS
-        raise ValueError(f"{where} does not fit: {'; '.join(faults)}; build the model from the checkpoint's config")
+    return "; ".join(_few(k, v) for k, v in (("missing", missing), ("extra", extra), ("misshapen", shapes)) if v)
 
 
 def _few(kind: str, names: list[str]) -> str:
