@@ -28,6 +28,9 @@ def test_presets_are_complete(path: Path) -> None:
         (lambda d: d["pretrain"].update(microbatch=5), "microbatch 5 does not divide batch 16"),
         (lambda d: d["finetune_multi"].update(max_references=99), "finetune_multi.max_references 99 is over"),
         (lambda d: d["base"].update(source="hub"), "source hub needs exactly diffusion_id"),
+        (lambda d: d["pretrain"].update(prediction="epsilon", zero_terminal_snr=True), "pretrain: zero_terminal_snr needs prediction"),
+        (lambda d: d["pretrain"].update(rates={"lore": 2.0}), "pretrain.rates.lore"),
+        (lambda d: d["pretrain"].update(noise_offset=-0.1), "pretrain.noise_offset = -0.1: "),
         (lambda d: d["pretrain"].update(drop_image=0.9), "is more than 1; lower them"),
     ],
 )

@@ -2,8 +2,11 @@
 state of any other number of them."""
 
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -80,6 +83,18 @@ def test_two_processes_train_as_one_does(place: Path, tmp_path: Path, stage: str
     assert sorted(path.name for path in (other / ".work").iterdir()) == sorted(
         [f"{stage}.jsonl", *(["align.jsonl"] if stage == "pretrain" else [])]
     )
+
+
+@pytest.mark.long
+def test_a_stage_starts_its_own_processes(place: Path, tmp_path: Path) -> None:
+    other = copied(place, tmp_path / "project")
+    shutil.rmtree(other / "models" / "finetune_single")
+    command = [sys.executable, "-m", "easyref.cli", "finetune_single"]
+    environment = os.environ | {"EASYREF_LAUNCH": "--cpu --num_processes 2 --num_machines 1 --mixed_precision no --main_process_port 0"}
+    done = subprocess.run(command, cwd=other, env=environment, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("finetune_single: trains") == 1
+    same(place, other, "finetune_single")
 
 
 @pytest.mark.long

@@ -43,6 +43,22 @@ def test_bf16_rounds_the_frozen_base_and_nothing_that_is_trained(stage: str, ima
     assert all(tensor.grad is not None and tensor.grad.isfinite().all() for tensor in trained.values())
 
 
+def test_rates_are_by_part_and_come_before_that_of_new_parts() -> None:
+    p = nano("finetune_multi", new_part_rate=3.0, rates={"vision": 0.1, "lora": 2.0, "projector": 5.0}).finetune_multi
+    models = load_models(nano("reference"), MODELS, p.lora_rank, "fp32")
+    trained, factors = models.trainable(stages.STAGES["finetune_multi"].trains, p.new_part_rate, p.rates)
+    assert factors.keys() == trained.keys() == models.named_parameters().keys()
+    expected = {
+        "encoder.reference_tokens": 3.0, "encoder.projector.": 5.0, "adapter.reference_kv.": 3.0, "adapter.lora.": 2.0,
+        "encoder.mllm.visual.": 0.1, "encoder.mllm.language_model.": 1.0, "encoder.final_layer.": 1.0, "encoder.norm.": 1.0,
+    }  # fmt: skip
+    for prefix, factor in expected.items():
+        assert {factors.pop(name) for name in trained if name.startswith(prefix)} == {factor}, prefix
+    assert not factors
+    with pytest.raises(ValueError, match="rates: vision is not trained in this stage, which trains final_layer, .* leave it out"):
+        models.trainable(stages.STAGES["pretrain"].trains, rates={"vision": 0.1})
+
+
 @pytest.mark.parametrize("init", ["text", "zero"])
 def test_reference_values_start_as_the_text_ones_or_at_zero(init: str) -> None:
     models = load_models(nano("reference", value_init=init), MODELS, None, "fp32")

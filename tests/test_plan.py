@@ -57,7 +57,7 @@ def images() -> TrainingImages:
     return TrainingImages(DATA, sorted(ImageStore(DATA / "images").rows)[:12])
 
 
-SAVING = [{"recompute": ["unet", "mllm", "vision"], "optimizer": "adamw8bit"}, {"recompute": ["unet"], "freeze": ["mllm"]}]
+SAVING = [{"recompute": ["unet", "mllm", "vision"], "optimizer": "adamw8bit"}, {"recompute": ["unet"], "freeze": ["vision", "mllm"]}]
 
 
 @pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in stages.STAGES), *(("finetune_multi", o) for o in SAVING)])
@@ -65,10 +65,11 @@ def test_a_real_microbatch_costs_what_is_planned(name: str, options: dict, nano:
     nano = parse_params(nano.model_dump() | {name: getattr(nano, name).model_dump() | options})
     p = getattr(nano, name)
     trains = stages.parts(name, p)
-    models = load_models(nano, MODELS, p.lora_rank or None, p.precision, "mllm" not in trains)
+    frozen = stages.frozen_prefix(trains)
+    models = load_models(nano, MODELS, p.lora_rank or None, p.precision, frozen)
     models.recompute(p.recompute)
     trained, _ = models.trainable(trains, p.new_part_rate)
-    inputs = stages.Inputs(models, images, frozen_prefix="mllm" not in trains)
+    inputs = stages.Inputs(models, images, frozen)
     prompts = ["a", "b", "c", "d e"]  # all different, so that no cache spares work; of two lengths, so that the batch is padded
     samples = [
         stages.Sample(i, tuple(p.max_references * i + k for k in range(p.max_references)), prompt) for i, prompt in enumerate(prompts)

@@ -17,34 +17,15 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from easyref import cli
-from easyref.config import parse_params
 from easyref.model import weights
 from easyref.training import stages, state
 from tests.processes import exit_code, start
-from tests.projects import small_data
-
-MODELS = Path("models")
-TINY = {"images": 8, "batch": 4, "microbatch": 2, "save_images": 4, "warmup_images": 0, "cooldown_images": 0, "ema_images": 4}
+from tests.projects import tiny_project
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project with every 160th concept of the real images, split anew, and the shipped base models."""
-    values = yaml.safe_load(Path("presets/nano.yaml").read_text())
-    values["threads"] = 1
-    values["split"] |= {"held_out_groups": 1, "held_in_groups": 1, "samples_per_group": 1, "max_references": 2, "held_out_share": 0.2}
-    values["align"] |= TINY
-    for name in stages.STAGES:
-        values[name] |= TINY
-        values[name]["lora_rank"] = 2 if name != "pretrain" else 0
-        values[name]["max_references"] = 2 if name == "finetune_multi" else 1
-    params = parse_params(values)
-    place = tmp_path_factory.mktemp("project")
-    (place / "params.yaml").write_text(yaml.safe_dump(values))
-    small_data(place / "data", params, every=160)
-    (place / "models").mkdir()
-    (place / "models" / "base").symlink_to((MODELS / "base").resolve())
-    return place
+    return tiny_project(tmp_path_factory.mktemp("project"))
 
 
 def easyref(place: Path, stage: str, last_write: int = 0) -> None:

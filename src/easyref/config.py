@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 Share = Field(ge=0.0, le=1.0)
 Rate = Field(gt=0.0, lt=1.0)
+Part = Literal["reference_tokens", "final_layer", "projector", "reference_kv", "vision", "mllm", "lora"]  # what stages train
 
 
 class ConfigError(ValueError):
@@ -282,9 +283,19 @@ class Stage(Samples):
     lora_rank: int = Field(ge=0)
     min_snr: float | None  # weight of the loss over timesteps; null: the paper's plain mean
     precision: Literal["fp32", "bf16"]
-    freeze: list[Literal["mllm", "lora", "final_layer", "reference_tokens", "projector", "reference_kv"]] = []  # trained otherwise
+    freeze: list[Part] = []  # parts that the stage trains otherwise
     recompute: list[Literal["unet", "mllm", "vision"]] = []  # whose blocks run again in the backward pass: less memory, more time
     compile: bool = False  # the blocks of UNet and MLLM by torch.compile
+    noise_offset: float = Field(default=0.0, ge=0)  # deviation of a constant that each channel's noise gets in training
+    prediction: Literal["epsilon", "v_prediction"] | None = None  # of the UNet; null: as what the stage starts from
+    zero_terminal_snr: bool | None = None  # no signal at the last timestep; null: as what the stage starts from
+    rates: dict[Part, Annotated[float, Field(gt=0)]] = {}  # learning-rate factors by part, in the place of new_part_rate or 1
+
+    @model_validator(mode="after")
+    def _schedule(self) -> Stage:
+        if self.zero_terminal_snr and self.prediction == "epsilon":
+            raise ValueError("zero_terminal_snr needs prediction v_prediction: without signal, the noise says nothing of the image")
+        return self
 
 
 class Evaluate(Section):

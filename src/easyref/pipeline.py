@@ -24,6 +24,7 @@ from easyref.model import attention, reference, weights
 from easyref.model.adapter import Adapter
 from easyref.model.attention import Scales
 from easyref.model.reference import PrefixStart, ReferenceEncoder, ReferenceInputs, ReferenceProcessor, ReferenceSample, null_image
+from easyref.model.schedule import AS_BASE, Schedule
 from easyref.records import sha256_file
 from easyref.runtime import Encoder, Engines
 from easyref.seeds import torch_rng
@@ -53,9 +54,11 @@ class EasyRef:
 
     def __init__(
         self, pipe: Any, encoder: ReferenceEncoder | Encoder, processor: ReferenceProcessor, adapter: Adapter,
-        disk: DiskCache | None = None,
+        disk: DiskCache | None = None, schedule: Schedule = AS_BASE,
     ) -> None:  # fmt: skip
         self.pipe, self.encoder, self.processor, self.adapter = pipe, encoder, processor, adapter
+        self._before = pipe.scheduler if schedule != AS_BASE else None
+        pipe.scheduler = schedule.of(pipe.scheduler)
         self._null: dict[tuple[float, ...], torch.Tensor] = {}  # by scales
         self.encoded: LRUCache = LRUCache(ENCODED)  # tokens_TX by sample
         self.starts: LRUCache = LRUCache(START_BYTES, getsizeof=lambda start: start.nbytes)  # by the references' digests
@@ -87,7 +90,8 @@ class EasyRef:
             adapter: Any = Adapter.install(pipe.unet, config.reference.num_tokens, None, None)  # for its scales
             adapter.payload = engines.payload
             processor = ReferenceProcessor.from_pretrained(mllm, config.reference, config.mllm_revision)
-            easyref = cls(pipe, engines.encoder(mllm, config.mllm_revision, config.reference), processor, adapter)
+            encoder = engines.encoder(mllm, config.mllm_revision, config.reference)
+            easyref = cls(pipe, encoder, processor, adapter, schedule=config.schedule)
             made_by = engines.about
         else:
             easyref = cls.attach(cls.base_pipeline(folder, base, dtype, device), folder, base, dtype)
@@ -127,11 +131,14 @@ class EasyRef:
         weights.load(folder, encoder, adapter)
         adapter.merge_lora()
         pipe.set_progress_bar_config(disable=True)
-        return cls(pipe, encoder, ReferenceProcessor.from_pretrained(place, config.reference, config.mllm_revision), adapter)
+        processor = ReferenceProcessor.from_pretrained(place, config.reference, config.mllm_revision)
+        return cls(pipe, encoder, processor, adapter, schedule=config.schedule)
 
     def detach(self) -> None:
         """Take EasyRef out of the pipeline, which then draws as before it was attached. LoRAs of others stay."""
         self.adapter.uninstall()
+        if self._before:
+            self.pipe.scheduler = self._before
 
     @torch.no_grad()
     def encode(

@@ -36,7 +36,7 @@ from easyref.training import base
 from easyref.training.align import PARTS
 from easyref.training.loss import diffusion_loss, encode_batch, encode_text, to_latents
 from easyref.training.models import CHECKPOINT, DTYPES, Models, fresh_easyref
-from easyref.training.stages import STAGES, parts
+from easyref.training.stages import STAGES, frozen_prefix, parts
 
 META = torch.device("meta")
 EFFICIENCY = 0.5  # share of a matrix product's speed that a training reaches: 0.51 to 0.54 in the nano stages on one CPU core
@@ -177,7 +177,7 @@ def stage_row(params: Params, name: str, make: Callable[..., Models]) -> Row:
     """One of the three stages, with the most references in every sample; what a run caches is computed once an image."""
     p = getattr(params, name)
     trains = parts(name, p)
-    models = make(p.lora_rank or None, p.precision, "mllm" not in trains, tuple(p.recompute))
+    models = make(p.lora_rank or None, p.precision, frozen_prefix(trains), tuple(p.recompute))
     trained, _ = models.trainable(trains)
 
     def loss() -> Tensor:

@@ -65,7 +65,8 @@ def test_qwen2_vl_2b_encoder_has_the_counted_size(prefix_final_norm: bool) -> No
         "reference_tokens": 64 * d,
         "final_layer": layer + d,
         "projector": d * d + d + d * 2048 + 2048 + 2 * 2048,
-        "mllm": vision + 151_936 * d + 27 * layer + (d if prefix_final_norm else 0),
+        "vision": vision,
+        "mllm": 151_936 * d + 27 * layer + (d if prefix_final_norm else 0),
     }
     total = vision + 151_936 * d + 28 * layer + d
     assert total == 2_208_985_600  # Qwen2-VL-2B-Instruct

@@ -344,7 +344,7 @@ def test_number_of_tokens_does_not_depend_on_references(make_encoder: Make, proc
 def test_parts_hold_every_parameter_once_and_all_learn(make_encoder: Make, inputs: ReferenceInputs, norm: bool) -> None:
     encoder = make_encoder(prefix_final_norm=norm)
     parts = encoder.parts()
-    assert set(parts) == {"reference_tokens", "final_layer", "projector", "mllm"}
+    assert set(parts) == {"reference_tokens", "final_layer", "projector", "vision", "mllm"}
     flat = [p for part in parts.values() for p in part]
     assert len(flat) == len({id(p) for p in flat}) == len(list(encoder.parameters()))
     assert not any("lm_head" in name for name, _ in encoder.named_parameters())

@@ -347,7 +347,8 @@ class ReferenceEncoder(nn.Module):
             "reference_tokens": [self.reference_tokens],
             "final_layer": [*self.final_layer.parameters(), *self.norm.parameters()],
             "projector": list(self.projector.parameters()),
-            "mllm": list(self.mllm.parameters()),
+            "vision": list(self.mllm.visual.parameters()),
+            "mllm": list(self.mllm.language_model.parameters()),
         }
 
     def _positions(self, inputs: ReferenceInputs) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from easyref.model.adapter import Adapter
 from easyref.model.reference import ReferenceConfig, ReferenceEncoder
+from easyref.model.schedule import AS_BASE, Schedule
 from easyref.records import atomic_path, write_bytes
 
 FORMAT_VERSION: Final = 1
@@ -41,6 +42,7 @@ class CheckpointConfig(BaseModel):
     mllm_revision: str | None
     base_id: str  # folder or hub id of the base diffusion pipeline
     base_revision: str | None
+    schedule: Schedule = AS_BASE  # of noise, where it is not the base's
 
 
 def tensors(encoder: ReferenceEncoder, adapter: Adapter, with_mllm: bool) -> dict[str, Tensor]:

@@ -51,24 +51,29 @@ def encode_text(encoders: Sequence[tuple], captions: list[str]) -> tuple[torch.T
     return torch.cat(states, dim=-1), pooled
 
 
-def noised(scheduler, latents_BChw: torch.Tensor, seed: int, numbers: Sequence[object]):
-    """Noise ε and timesteps t ~ U of the images at `numbers`; returns (x_t, t, ε). Both depend on the image number only."""
+def noised(scheduler, latents_BChw: torch.Tensor, seed: int, numbers: Sequence[object], offset: float = 0.0):
+    """Noise ε and timesteps t ~ U of the images at `numbers`; returns (x_t, t, ε). Both depend on the image number only.
+
+    `offset`: ε gets a constant ~ N(0, offset²) in each channel, so that an image's mean is learned too.
+    """
     noise, steps = [], []
     for number in numbers:
         rng = torch_rng(seed, "noise", number)
         steps.append(torch.randint(0, scheduler.config.num_train_timesteps, (1,), generator=rng))
         noise.append(torch.randn(latents_BChw.shape[1:], generator=rng))
+        if offset:  # drawn last: the draws above are the same without it
+            noise[-1] += offset * torch.randn(len(noise[-1]), 1, 1, generator=rng)
     noise_BChw, t_B = torch.stack(noise).to(latents_BChw), torch.cat(steps).to(latents_BChw.device)
     return scheduler.add_noise(latents_BChw, noise_BChw, t_B), t_B, noise_BChw
 
 
 def diffusion_loss(
     unet: nn.Module, scheduler, latents_BChw: torch.Tensor, text_BLX: torch.Tensor, added: dict, seed: int,
-    numbers: Sequence[object], min_snr: float | None = None,
+    numbers: Sequence[object], min_snr: float | None = None, noise_offset: float = 0.0,
 ) -> torch.Tensor:  # fmt: skip
     """Mean squared error on what the model predicts by its scheduler: ε (SDXL) or v (arXiv 2202.00512, the nano base). With
     `min_snr` = γ each image is weighted by min(SNR, γ)/SNR, under v by min(SNR, γ)/(SNR + 1) (arXiv 2303.09556, §3.4)."""
-    noisy_BChw, t_B, noise_BChw = noised(scheduler, latents_BChw, seed, numbers)
+    noisy_BChw, t_B, noise_BChw = noised(scheduler, latents_BChw, seed, numbers, noise_offset)
     velocity = scheduler.config.prediction_type == "v_prediction"
     target_BChw = scheduler.get_velocity(latents_BChw, noise_BChw, t_B) if velocity else noise_BChw
     predicted = unet(noisy_BChw, t_B, text_BLX, added_cond_kwargs=added).sample

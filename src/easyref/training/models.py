@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 from easyref.config import Params, Stage
 from easyref.model.adapter import Adapter
 from easyref.model.reference import ReferenceConfig, ReferenceEncoder, ReferenceProcessor
+from easyref.model.schedule import AS_BASE, Schedule
 from easyref.model.weights import CheckpointConfig
 from easyref.records import sha256_file, sha256_json
 from easyref.seeds import torch_rng
@@ -40,6 +42,7 @@ class Models:
     adapter: Adapter
     accelerator: Any
     base_hash: str
+    schedule: Schedule = AS_BASE
 
     @property
     def device(self) -> torch.device:
@@ -53,8 +56,17 @@ class Models:
         named = {f"encoder.{n}": p for n, p in self.encoder.named_parameters()}
         return named | {f"adapter.{n}": p for n, p in self.adapter.named_parameters().items()}
 
-    def trainable(self, trains: Collection[str], new_part_rate: float = 1.0) -> tuple[dict[str, nn.Parameter], dict[str, float]]:
-        """The parameters of the parts `trains` by checkpoint name, with their learning-rate factors; all others are frozen."""
+    def use(self, schedule: Schedule) -> None:
+        """Noise by `schedule` from here on, in training and in the checkpoint's drawings."""
+        self.schedule, self.scheduler = schedule, schedule.of(self.scheduler)
+
+    def trainable(
+        self, trains: Collection[str], new_part_rate: float = 1.0, rates: Mapping[str, float] = MappingProxyType({})
+    ) -> tuple[dict[str, nn.Parameter], dict[str, float]]:
+        """The parameters of the parts `trains` by checkpoint name, with their learning-rate factors; all others are frozen.
+        `rates`: factors of single parts, before those of `new_part_rate`."""
+        if idle := sorted(rates.keys() - set(trains)):
+            raise ValueError(f"rates: {idle[0]} is not trained in this stage, which trains {', '.join(trains)}; leave it out")
         names = {t: n for n, t in self.named_parameters().items()}
         trained, factors = {}, {}
         for part, tensors in {**self.encoder.parts(), **self.adapter.parts()}.items():
@@ -62,7 +74,7 @@ class Models:
                 tensor.requires_grad_(part in trains)
                 if part in trains:
                     trained[names[tensor]] = tensor
-                    factors[names[tensor]] = new_part_rate if part in NEW_PARTS else 1.0
+                    factors[names[tensor]] = rates.get(part, new_part_rate if part in NEW_PARTS else 1.0)
         return trained, factors
 
     def recompute(self, parts: Collection[str], checkpoint: Callable[..., Any] = CHECKPOINT) -> None:
@@ -86,6 +98,7 @@ class Models:
         return CheckpointConfig(
             reference=self.encoder.config, lora_rank=rank, lora_alpha=float(rank) if rank else None, has_mllm=has_mllm,
             mllm_id=ids["mllm"][0], mllm_revision=ids["mllm"][1], base_id=ids["diffusion"][0], base_revision=ids["diffusion"][1],
+            schedule=self.schedule,
         )  # fmt: skip
 
 

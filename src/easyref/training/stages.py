@@ -17,6 +17,7 @@ import torch
 from easyref.config import Params, Stage
 from easyref.data.dataset import TrainingImages
 from easyref.model import weights
+from easyref.model.schedule import Schedule
 from easyref.progress import use_threads
 from easyref.records import read_table, sha256_file
 from easyref.training.align import align
@@ -38,14 +39,18 @@ class Spec:
 ALIGNMENT = ("final_layer", "reference_tokens", "projector", "reference_kv")
 STAGES = {
     "pretrain": Spec(ALIGNMENT, None),
-    "finetune_single": Spec((*ALIGNMENT, "mllm", "lora"), "pretrain"),
-    "finetune_multi": Spec((*ALIGNMENT, "mllm", "lora"), "finetune_single"),
+    "finetune_single": Spec((*ALIGNMENT, "vision", "mllm", "lora"), "pretrain"),
+    "finetune_multi": Spec((*ALIGNMENT, "vision", "mllm", "lora"), "finetune_single"),
 }
 
 
 def parts(name: str, p: Stage) -> tuple[str, ...]:
     """What the stage trains under its parameters."""
     return tuple(part for part in STAGES[name].trains if part not in p.freeze)
+
+
+def frozen_prefix(trains: Collection[str]) -> bool:
+    return not {"vision", "mllm"} & set(trains)
 
 
 def run_stage(
@@ -57,29 +62,34 @@ def run_stage(
     that the next call trains again. `allow`: values that may differ from those a state was saved under."""
     p = getattr(params, name)
     trains = parts(name, p)
+    frozen = frozen_prefix(trains)
     hardware = use_threads(params.threads)
-    models = load_models(params, models_folder, p.lora_rank or None, p.precision, frozen_mllm="mllm" not in trains)
+    models = load_models(params, models_folder, p.lora_rank or None, p.precision, frozen)
     engine = Engine(models.accelerator)
     engine.say(hardware)
-    with_mllm = "mllm" in trains
+    with_mllm = not frozen
+    schedule = Schedule(prediction=p.prediction, zero_terminal_snr=p.zero_terminal_snr)
     if starts_from:
-        with_mllm |= weights.load(models_folder / starts_from, models.encoder, models.adapter, fresh_lora=True).has_mllm
+        before = weights.load(models_folder / starts_from, models.encoder, models.adapter, fresh_lora=True)
+        with_mllm |= before.has_mllm
+        schedule = schedule.over(before.schedule)
+    models.use(schedule)
     models.recompute(p.recompute)
     if p.compile:
         models.compile()
     images = TrainingImages(data)
-    inputs = Inputs(models, images, frozen_prefix="mllm" not in trains)
+    inputs = Inputs(models, images, frozen)
     sampler = Sampler(images, p, params.seed, name)
     validate = Validation(params, models, data)
     warm = work / "align.safetensors" if params.align and not starts_from else None
     if warm:
         align(params, inputs, validate.inputs, warm, engine, allow)
-    trained, factors = models.trainable(trains, p.new_part_rate)
+    trained, factors = models.trainable(trains, p.new_part_rate, p.rates)
     engine.say(f"{name}: trains {sum(t.numel() for t in trained.values()):,} parameters of {', '.join(trains)}")
 
     def loss(numbers: Sequence[int]) -> torch.Tensor:
         samples = [sampler(n) for n in numbers]
-        return _loss(models, inputs, samples, params.seed, [f"{name}/{n}" for n in numbers], p.min_snr)
+        return _loss(models, inputs, samples, params.seed, [f"{name}/{n}" for n in numbers], p.min_snr, p.noise_offset)
 
     depends: dict[str, Any] = {
         "stage": name,
@@ -107,14 +117,17 @@ def run_stage(
     remove_state(state)
 
 
-def _loss(models: Models, inputs: Inputs, samples: list[Sample], seed: int, numbers: list[str], min_snr: float | None) -> torch.Tensor:
-    """Mean ε-error of the targets under their references and prompts (method.md §4)."""
+def _loss(
+    models: Models, inputs: Inputs, samples: list[Sample], seed: int, numbers: list[str], min_snr: float | None = None,
+    noise_offset: float = 0.0,
+) -> torch.Tensor:  # fmt: skip
+    """Mean error of what the UNet predicts of the targets under their references and prompts (method.md §4)."""
     with models.autocast():
         text_BLX, added = inputs.text_states([s.prompt for s in samples])
         tokens_BTX = inputs.reference_tokens(samples)
         conditions = {**added, "image_embeds": [tokens_BTX[:, None]]}
         latents_BChw = inputs.latents(samples)
-        return diffusion_loss(models.unet, models.scheduler, latents_BChw, text_BLX, conditions, seed, numbers, min_snr)
+        return diffusion_loss(models.unet, models.scheduler, latents_BChw, text_BLX, conditions, seed, numbers, min_snr, noise_offset)
 
 
 class Validation:
@@ -149,7 +162,7 @@ class Validation:
                 part = samples[start : start + 32]
                 numbers = [f"validation/{start + i}" for i in range(len(part))]
                 with torch.no_grad():
-                    losses.append(_loss(self.models, self.inputs, part, self.params.seed, numbers, None).item() * len(part))
+                    losses.append(_loss(self.models, self.inputs, part, self.params.seed, numbers).item() * len(part))
             result[f"held_out_{name}"] = sum(losses) / len(samples)
         print(" · ".join(f"{k} {v:.5f}" for k, v in result.items()))
         return result
