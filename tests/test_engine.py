@@ -113,6 +113,44 @@ def test_killed_on_two_processes_and_gone_on_with_by_one(place: Path, tmp_path: 
     same(place, other, "finetune_multi")
 
 
+KILLS = int(os.environ.get("EASYREF_KILLS", "12"))  # in a row, over all stages and numbers of processes
+
+
+def everything(place: Path, stage: str) -> dict[str, bytes]:
+    folders = (place / "models" / stage, place / "metrics" / stage, place / ".work")
+    return {str(path.relative_to(place)): path.read_bytes() for folder in folders for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("stage", list(stages.STAGES))
+def test_killed_at_random_again_and_again_leaves_the_same_bytes(place: Path, tmp_path: Path, stage: str, world: int) -> None:
+    """Weights, curves and logs, after kills at any time from the first second on: also in a save, in the warm start, in validation."""
+
+    def run(folder: Path, seconds: float | None = None) -> list[int]:
+        processes = start_together(easyref, folder, stage, world=world)
+        if seconds is not None:
+            processes[0].join(seconds)
+            for process in processes:
+                process.kill()
+        return [exit_code(process) for process in processes]
+
+    whole, killed = copied(place, tmp_path / "whole"), copied(place, tmp_path / "killed")
+    for folder in (whole, killed):
+        shutil.rmtree(folder / "models" / stage)
+    begin = time.monotonic()
+    assert run(whole) == [0] * world
+    seconds, kills, starts, rng = time.monotonic() - begin, 0, 0, np.random.default_rng()
+    while kills < KILLS / 6:
+        starts += 1
+        codes = run(killed, rng.uniform(0.2, 1.1) * seconds)
+        kills += codes[0] == -signal.SIGKILL
+        if codes == [0] * world:  # done before it was killed
+            assert everything(killed, stage) == everything(whole, stage)
+    assert run(killed) == [0] * world
+    assert everything(killed, stage) == everything(whole, stage)
+
+
 def train_and_write(state: Path, out: Path) -> None:
     torch.set_num_threads(1)
     run, engine = task(), Engine(Accelerator(cpu=True))
