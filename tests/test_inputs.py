@@ -1,19 +1,32 @@
 """Samples of the stages and their views on real images: what is drawn, and that all images of a sample are seen alike."""
 
-from itertools import permutations
+import re
+import shutil
+from dataclasses import replace
+from itertools import pairwise, permutations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from easyref.config import Params, parse_params
 from easyref.data.captions import caption
 from easyref.data.dataset import SWAPS, TrainingImages
+from easyref.data.frames import Framing
+from easyref.data.shards import write_shard
+from easyref.images import to_png
+from easyref.records import IMAGE_COLUMNS, write_table
+from easyref.training.ahead import ahead
 from easyref.training.align import seen_labels
-from easyref.training.inputs import NULL, Inputs, Sample, Sampler
+from easyref.training.inputs import NULL, Inputs, Sample, Sampler, Seen, microbatches
 from easyref.training.models import load_models
+from easyref.training.stages import STAGES, _loss
+from easyref.training.store import Disk, Store
 from tests.projects import small_data
 
 torch.set_num_threads(1)
@@ -77,7 +90,7 @@ def test_target_and_references_are_seen_in_the_same_view(params: Params, images:
         torch.testing.assert_close(inputs.latents([sample]), latents, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(inputs.latents([Sample(3, (5,), ""), sample])[1:], latents, rtol=1e-5, atol=1e-5)
         patches = models.processor.image_processor(images=[pixels], return_tensors="pt")["pixel_values"]
-        torch.testing.assert_close(inputs.image_patches(5, view).pixel_values, patches)
+        torch.testing.assert_close(inputs.image_patches(Seen(5, view)).pixel_values, patches)
     tokens = [inputs.reference_tokens([Sample(5, (5,), "", view)]) for view in (0, 4)]
     assert (tokens[0] - tokens[1]).abs().max() > 1e-3
 
@@ -94,3 +107,146 @@ def test_colours_of_a_swapped_image_are_named_as_seen(params: Params, images: Tr
     assert {name: value for name, value in seen[(2, 1, 0)].items() if name != "colors"} == {
         name: value for name, value in images.labels[heart].items() if name != "colors"
     }
+
+
+# -- aspects, splits, kept encodings --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def heap(images: TrainingImages, tmp_path_factory: pytest.TempPathFactory) -> TrainingImages:
+    """Eight real images on paper of several shapes, as `ingest` stores a heap: the shorter side is 64 pixels."""
+    data = tmp_path_factory.mktemp("heap")
+    shapes = [(64, 64), (96, 64), (64, 96), (64, 160), (96, 64), (64, 64), (64, 66), (130, 64)]  # width, height
+    pictures, rows = [], []
+    for shape, sha256, label in zip(shapes, images.sha256s, images.labels, strict=False):
+        paper = Image.new("RGB", shape, "orange")
+        paper.paste(images.store.image(sha256), ((shape[0] - 64) // 2, (shape[1] - 64) // 2))
+        pictures.append(to_png(paper))
+        rows.append({**label, "width": shape[0], "height": shape[1]})
+    places = write_shard(data / "images" / "images-00000.tar", pictures)
+    table = pl.DataFrame([{**row, **place} for row, place in zip(rows, places, strict=True)]).select(IMAGE_COLUMNS)
+    write_table(data / "images" / "images.parquet", table)
+    write_table(data / "split" / "images.parquet", table.select("sha256", split=pl.lit("train")))
+    return TrainingImages(data, [place["sha256"] for place in places])
+
+
+KEPT = Framing(64, 16)
+SAMPLES = [
+    Sample(0, (1, 2), "red apple"), Sample(1, (NULL,), ""), Sample(2, (3,), "farmer"), Sample(3, (3,), "cat face", 9),
+    Sample(4, (5, 6, 7), ""), Sample(5, (4,), "farmer", 2), Sample(6, (6,), "star"), Sample(7, (0, 1, 2, 3), "sun"),
+]  # fmt: skip
+
+
+def test_a_target_that_keeps_its_aspect_is_the_resized_image(params: Params, heap: TrainingImages) -> None:
+    """Against pixels resized and cut by hand; each target has its own sizes in SDXL's conditions."""
+    models = load_models(params, Path("models"), None, "fp32")
+    inputs = Inputs(models, heap, frozen_prefix=True, framing=KEPT)
+    image = heap.store.image(heap.sha256s[3])  # 64 x 160 pixels: 40 x 101 have the area of 64 x 64, 48 x 96 are multiples of 16
+    resized = image.resize((48, 120), Image.Resampling.LANCZOS).crop((0, 12, 48, 108))
+    x_13HW = torch.tensor(np.asarray(resized) / 127.5 - 1, dtype=torch.float32).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        latents = models.vae.encode(x_13HW).latent_dist.mean * models.vae.config.scaling_factor
+    torch.testing.assert_close(inputs.latents([Sample(3, (1,), "")]), latents, rtol=1e-5, atol=1e-5)
+    assert inputs.time_ids([Sample(3, (1,), ""), Sample(0, (1,), "")]).tolist() == [[160, 64, 12, 0, 96, 48], [64, 64, 0, 0, 64, 64]]
+    own, other = inputs.references(Sample(3, (3,), ""))[0], inputs.references(Sample(0, (3,), ""))[0]
+    patches = models.processor.image_processor(images=[resized], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(inputs.image_patches(own).pixel_values, patches)  # its own reference is cut like the target
+    patches = models.processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(inputs.image_patches(other).pixel_values, patches)
+
+
+def test_crops_are_drawn_from_a_few_places_and_change_no_other_draw(params: Params, images: TrainingImages) -> None:
+    p = params.finetune_multi
+    plain, cropped = (Sampler(images, p.model_copy(update={"crops": crops}), 0, "test") for crops in (1, 3))
+    samples = [cropped(n) for n in NUMBERS]
+    assert [replace(sample, place=0.5) for sample in samples] == [plain(n) for n in NUMBERS]
+    shares = np.bincount([int(2 * sample.place) for sample in samples]) / len(samples)
+    np.testing.assert_allclose(shares, 1 / 3, atol=0.04)
+    with pytest.raises(ValueError, match="keep_aspect leaves nothing to choose for crops 3"):
+        type(p)(**(p.model_dump() | {"crops": 3, "keep_aspect": True}))
+
+
+def test_microbatches_have_one_size_and_like_numbers_of_references(params: Params, heap: TrainingImages) -> None:
+    samples = SAMPLES * 3
+    for most in (1, 2, 5, 24):
+        parts = microbatches(samples, most, lambda s: KEPT((heap.labels[s.target]["height"], heap.labels[s.target]["width"]), 0.5).size)
+        assert sorted(i for part in parts for i in part) == list(range(24)) and all(len(part) <= most for part in parts)
+        assert all(part == sorted(part) for part in parts)
+    counts = [[len(samples[i].references) for i in part] for part in microbatches(samples, 6, lambda _: (64, 64))]
+    assert all(max(few) <= min(more) for few, more in pairwise(counts)) and len(counts) == 4
+    assert microbatches(samples, 24, lambda _: (64, 64)) == [list(range(24))]  # in a whole batch the order stays
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune_multi"])
+def test_any_split_of_an_update_gives_the_gradients_of_one_image_at_a_time(stage: str, params: Params, heap: TrainingImages) -> None:
+    p = getattr(params, stage)
+    models = load_models(params, Path("models"), p.lora_rank or None, "fp32")
+    trained, _ = models.trainable(STAGES[stage].trains)
+    inputs = Inputs(models, heap, frozen_prefix=stage == "pretrain", framing=KEPT)
+
+    def gradients(most: int) -> tuple[float, list[torch.Tensor]]:
+        total = 0.0
+        for part in microbatches(SAMPLES, most, inputs.size):
+            loss = _loss(models, inputs, [SAMPLES[i] for i in part], 0, [f"test/{i}" for i in part], None) * (len(part) / len(SAMPLES))
+            loss.backward()
+            total += loss.item()
+        found = [tensor.grad.clone() for tensor in trained.values() if tensor.grad is not None]
+        for tensor in trained.values():
+            tensor.grad = None
+        assert len(found) == len(trained)
+        return total, found
+
+    alone, gradients_alone = gradients(1)
+    loss, found = gradients(3)
+    assert loss == pytest.approx(alone, rel=1e-5)
+    for a, b in zip(found, gradients_alone, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))
+
+
+def test_kept_encodings_give_the_same_bits_without_running_a_model(
+    params: Params, heap: TrainingImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefix states on disk: a second run runs the last layer only; what is missing is made alone, so a batch changes nothing."""
+    models = load_models(params, Path("models"), None, "fp32")
+
+    def fresh(memory: int = 2**30, **options: Any) -> Inputs:
+        disk = Disk(tmp_path / "encodings.sqlite", 2**28, dict.fromkeys(("text", "latents", "vision", "prefix"), "models"))
+        return Inputs(models, heap, frozen_prefix=True, framing=KEPT, store=Store(memory, disk), **options)
+
+    def encoded(inputs: Inputs) -> list[torch.Tensor]:
+        with torch.no_grad():
+            tokens_BTX = inputs.reference_tokens(SAMPLES)
+        return [tokens_BTX, *inputs.text_states([s.prompt for s in SAMPLES]), *(inputs.latents([s]) for s in SAMPLES)]
+
+    whole = encoded(Inputs(models, heap, frozen_prefix=False, framing=KEPT))
+    batched = encoded(fresh())
+    made = fresh(cache_prefix=True)
+    made.reference_tokens(SAMPLES[4:6])  # some are there before
+    one = encoded(made)
+    for name in ("prefix", "vision"):
+        monkeypatch.setattr(models.encoder, name, lambda *_: pytest.fail("run again"))
+    monkeypatch.setattr(models.vae, "encode", lambda *_: pytest.fail("run again"))
+    monkeypatch.setattr(models.processor, "image", lambda *_: pytest.fail("cut again"))
+    for memory in (2**30, 8):  # with 8 bytes nothing stays in memory
+        again = fresh(memory, cache_prefix=True)
+        for sample in SAMPLES:
+            again.load(sample)
+        assert all(torch.equal(a, b) for a, b in zip(encoded(again), one, strict=True))
+    for others in (whole, batched):
+        for a, b in zip(others, one, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_torn_shard_is_one_line_that_names_it(params: Params, heap: TrainingImages, tmp_path: Path, workers: int) -> None:
+    shutil.copytree(heap.store.folder.parent, tmp_path / "data")
+    torn = TrainingImages(tmp_path / "data", heap.sha256s)
+    shard, row = tmp_path / "data" / "images" / "images-00000.tar", torn.labels[6]
+    models = load_models(params, Path("models"), None, "fp32")
+    feed = ahead(iter([[0, 1], [2, 3], [6]]), SAMPLES.__getitem__, Inputs(models, torn, True).load, workers)
+    data = bytearray(shard.read_bytes())
+    data[row["offset"] + row["size"] // 2] ^= 1
+    shard.write_bytes(data)
+    assert [next(feed), next(feed)] == [[0, 1], [2, 3]]
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(shard))}: bytes of {row['sha256']} do not match its hash; .*$"):
+        next(feed)

@@ -80,7 +80,7 @@ def test_a_frozen_prefix_with_cached_vision_gives_the_tokens_of_the_whole_encode
     )
     for samples in ([first, null], [second, first]):  # the second batch finds vision tokens in the cache, in another order
         torch.testing.assert_close(frozen.reference_tokens(samples), whole.reference_tokens(samples), atol=1e-4, rtol=1e-4)
-    assert frozen.reference_tokens([first]).requires_grad and set(frozen.vision) == {(i, 0) for i in (0, 1, 2, 3, stages.NULL)}
+    assert frozen.reference_tokens([first]).requires_grad and len(frozen.store.kept) == 5  # of four images and the null one
 
 
 def gradients(models: Models, images: TrainingImages) -> dict[str, torch.Tensor]:

@@ -20,6 +20,7 @@ from easyref.data.shards import ImageStore
 from easyref.meter import DeviceKernels, Meter, measure
 from easyref.model import shapes
 from easyref.training import stages
+from easyref.training.inputs import Seen
 from easyref.training.models import load_models
 
 torch.set_num_threads(1)
@@ -80,7 +81,7 @@ def test_a_real_microbatch_costs_what_is_planned(name: str, options: dict, nano:
     with Meter() as real:
         stages._loss(models, inputs, samples, 0, [f"{name}/{i}" for i in range(4)], p.min_snr).backward()
 
-    tokens = [models.processor.num_merged_tokens(inputs.image_patches(i, 0)) for i in samples[0].references]
+    tokens = [models.processor.num_merged_tokens(inputs.image_patches(Seen(i))) for i in samples[0].references]
     monkeypatch.setattr(plan, "_text_tokens", lambda *_: len(models.processor.text(tokens, prompts[-1])) - sum(tokens))
     row = plan.stage_row(nano, name, partial(plan.easyref_models, nano, BASE))
     everything = [t for module in plan._modules(models) for t in (*module.parameters(), *module.buffers())]

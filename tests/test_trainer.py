@@ -5,7 +5,8 @@ import re
 import resource
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -93,10 +94,39 @@ def test_stopped_between_two_rows_of_the_log_goes_on_to_the_same_log(tmp_path: P
 
 
 def test_any_microbatch_gives_the_same_training(tmp_path: Path) -> None:
-    whole = trained(Optimisation(**PARAMS), tmp_path / "a.safetensors")
-    parts = trained(Optimisation(**{**PARAMS, "microbatch": 2}), tmp_path / "b.safetensors")
+    """Of equal sizes, and of what a task makes of an update: other sizes, another order."""
+    values = PARAMS | {"images": 640}
+    whole = trained(Optimisation(**values), tmp_path / "a.safetensors")
+    parts = trained(Optimisation(**values | {"microbatch": 2}), tmp_path / "b.safetensors")
+    uneven = task()
+    uneven.split = lambda numbers, most: [[numbers[i] for i in part] for part in ([5], [0, 7, 2], [1, 3, 4, 6])]
+    train(uneven, Optimisation(**values), tmp_path / "c.safetensors")
     for name, tensor in whole.items():
         torch.testing.assert_close(tensor, parts[name], rtol=1e-3, atol=2e-4)
+        torch.testing.assert_close(tensor, uneven.parameters[name].detach(), rtol=1e-3, atol=2e-4)
+
+
+def test_inputs_are_read_in_the_order_of_the_training_from_where_it_goes_on(tmp_path: Path) -> None:
+    p = Optimisation(**(PARAMS | {"images": 64, "microbatch": 4, "cooldown_images": 0, "save_images": 32}))
+    for last, wanted in ((44, range(48)), (64, range(32, 64))):
+        run, read, used = task(), list[int](), list[int]()
+
+        def loss(numbers: Sequence[int], run_loss=run.loss, read=read, used=used, last=last) -> torch.Tensor:
+            used.extend(numbers)
+            assert read == used
+            if numbers[0] == last:
+                raise KeyboardInterrupt
+            return run_loss(numbers)
+
+        def ahead(order: Iterator[Sequence[int]], read=read) -> Iterator[Sequence[int]]:
+            for numbers in order:
+                read.extend(numbers)
+                yield numbers
+
+        run.loss, run.ahead = loss, ahead
+        with suppress(KeyboardInterrupt):
+            train(run, p, tmp_path / "state.safetensors")
+        assert used == list(wanted)
 
 
 def test_changed_parameters_refuse_to_go_on_unless_allowed_by_name(tmp_path: Path) -> None:

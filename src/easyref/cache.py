@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from easyref.records import sha256_json
+from easyref.records import sha256_file, sha256_json
+
+
+def made_here(device: torch.device, *files: str) -> list[Any]:
+    """What decides an encoding to the last bit besides the weights; `files`: the code that makes it."""
+    here = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return [*map(sha256_file, files), version("transformers"), version("pillow"), device.type, here, torch.get_num_threads()]
 
 
 class DiskCache:

@@ -264,6 +264,14 @@ class Samples(Optimisation):
     truncate: float = Share  # probability of keeping a random 2..R-1 of R > 2 references
     swap_colours: float = Share  # of the samples, whose images all get red, green and blue in another order
     mirror: float = Share  # of the samples, whose images are all mirrored
+    keep_aspect: bool = False  # of the target, on about ingest.size² pixels; else its largest square (data/frames.py)
+    crops: PositiveInt = 1  # places of that square along the longer side, from edge to edge; 1: the middle
+
+    @model_validator(mode="after")
+    def _crops(self) -> Samples:
+        if self.keep_aspect and self.crops > 1:
+            raise ValueError(f"keep_aspect leaves nothing to choose for crops {self.crops}; set crops to 1, or keep_aspect to false")
+        return self
 
     @model_validator(mode="after")
     def _drops(self) -> Samples:
@@ -286,6 +294,7 @@ class Stage(Samples):
     freeze: list[Part] = []  # parts that the stage trains otherwise
     recompute: list[Literal["unet", "mllm", "vision"]] = []  # whose blocks run again in the backward pass: less memory, more time
     compile: bool = False  # the blocks of UNet and MLLM by torch.compile
+    cache_prefix: bool = False  # keep the states of a frozen MLLM, too; each is then computed alone
     noise_offset: float = Field(default=0.0, ge=0)  # deviation of a constant that each channel's noise gets in training
     prediction: Literal["epsilon", "v_prediction"] | None = None  # of the UNet; null: as what the stage starts from
     zero_terminal_snr: bool | None = None  # no signal at the last timestep; null: as what the stage starts from
@@ -296,6 +305,14 @@ class Stage(Samples):
         if self.zero_terminal_snr and self.prediction == "epsilon":
             raise ValueError("zero_terminal_snr needs prediction v_prediction: without signal, the noise says nothing of the image")
         return self
+
+
+class Loading(Section):
+    """How a training's inputs get to the models (training/store.py, ahead.py); changes no result."""
+
+    workers: NonNegativeInt  # threads that read and decode ahead of the model, 0: none
+    memory_gib: float = Field(gt=0)  # for encodings and images, of a process
+    disk_gib: float = Field(ge=0)  # for encodings of later runs, in .work/encodings.sqlite, which must be on a local disk; 0: none
 
 
 class Evaluate(Section):
@@ -343,6 +360,7 @@ class Params(Section):
     preset: str
     seed: int = Field(ge=0)
     threads: int = Field(ge=0)  # of torch, 0: all cores
+    loading: Loading
     ingest: Ingest
     embed: Embed
     group: Group

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from cachetools import LRUCache
 from PIL import Image
 
-from easyref.cache import DiskCache
+from easyref.cache import DiskCache, made_here
 from easyref.model import attention, reference, weights
 from easyref.model.adapter import Adapter
 from easyref.model.attention import Scales
@@ -97,7 +96,7 @@ class EasyRef:
             easyref = cls.attach(cls.base_pipeline(folder, base, dtype, device), folder, base, dtype)
             made_by = [str(dtype), getattr(easyref.encoder.mllm.config, "_commit_hash", None)]  # the hub's
         if cache:
-            about = [made_by, _digests(folder, mllm, config.has_mllm), _code(easyref.device)]
+            about = [made_by, _digests(folder, mllm, config.has_mllm), made_here(easyref.device, reference.__file__)]
             easyref.disk = DiskCache.of_user(about)
         return easyref
 
@@ -311,12 +310,6 @@ def _digests(folder: Path, mllm: str, has_mllm: bool) -> list[str]:
     """Of all files that tokens depend on; what is from the hub goes by its commit."""
     local = [path for path in sorted(Path(mllm).rglob("*")) if path.is_file() and not (has_mllm and path.suffix == ".safetensors")]
     return [mllm if not local else "", *(sha256_file(path) for path in (folder / weights.CONFIG, folder / weights.WEIGHTS, *local))]
-
-
-def _code(device: torch.device) -> list[Any]:
-    """What decides tokens to the last bit besides the weights."""
-    here = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    return [sha256_file(reference.__file__), transformers.__version__, device.type, here, torch.get_num_threads()]
 
 
 def _base_place(model_id: str, folder: Path) -> str:

@@ -12,6 +12,7 @@ Letters: B batch · T reference tokens · X cross-attention width.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from easyref.config import Params
 from easyref.data.captions import caption
 from easyref.data.dataset import SWAPS
 from easyref.data.emoji import color_words
+from easyref.training.ahead import ahead
 from easyref.training.engine import Engine
 from easyref.training.inputs import NULL, Inputs, Sample, Sampler
 from easyref.training.trainer import Task, train
@@ -53,7 +55,7 @@ def align(
     assert p is not None
     trained, _ = models.trainable(PARTS)
 
-    sampler = Sampler(inputs.images, p, params.seed, "align")
+    sampler = lru_cache(4 * p.batch)(Sampler(inputs.images, p, params.seed, "align"))
 
     def states(source: Inputs, samples: Iterable[Sample]) -> torch.Tensor:
         """What the tokens should become, [B, T, X]."""
@@ -88,4 +90,5 @@ def align(
 
     depends = {"stage": "align", "seed": params.seed, "images": inputs.images.content, "base": models.base_hash,
                "reference": params.reference.model_dump(exclude_defaults=True)}  # fmt: skip
-    train(Task("align", [models.encoder], trained, loss, depends, validate=explained), p, state, engine, allow)
+    read = partial(ahead, sample=sampler, load=inputs.load, workers=params.loading.workers)
+    train(Task("align", [models.encoder], trained, loss, depends, validate=explained, ahead=read), p, state, engine, allow)

@@ -1,29 +1,37 @@
-"""What a training step of the three stages reads: which images and prompt a sample is, and their cached encodings.
+"""What a training step of the three stages reads: which images and prompt a sample is, and their encodings, which are kept.
 
-Letters: B batch · L text tokens · T reference tokens · D MLLM width · X cross-attention width · N merged image tokens · P pooled
-text width · C,h,w latents.
+Letters: B batch · L text tokens, and those of the MLLM · T reference tokens · D MLLM width · X cross-attention width · N merged image
+tokens · P pooled text width · C,h,w latents.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
-from easyref.config import Samples
+from easyref import images
+from easyref.cache import made_here
+from easyref.config import Loading, Samples
+from easyref.data import dataset, frames
 from easyref.data.captions import SHARED, caption
-from easyref.data.dataset import SWAPS, TrainingImages, centre, seen_as
-from easyref.model.reference import ImagePatches, ReferenceSample, null_image
+from easyref.data.dataset import SWAPS, TrainingImages, seen_as
+from easyref.data.frames import Frame, Framing, Size
+from easyref.model import reference
+from easyref.model.reference import ImagePatches, PrefixStates, ReferenceSample, null_image
+from easyref.records import sha256_file, sha256_json
 from easyref.seeds import Order, numpy_rng
+from easyref.training import loss
 from easyref.training.loss import encode_text, to_latents
 from easyref.training.models import Models
-
-V = TypeVar("V")
+from easyref.training.store import Disk, Encoding, Store
 
 
 @dataclass(frozen=True)
@@ -35,9 +43,19 @@ class Sample:
     references: tuple[int, ...]
     prompt: str
     view: int = 0
+    place: float = 0.5  # of the target's square along its longer side
 
 
 NULL = -1
+
+
+@dataclass(frozen=True)
+class Seen:
+    """An image as a sample has it: its number, view, and the part of it, None: all."""
+
+    item: int
+    view: int = 0
+    frame: Frame | None = None
 
 
 class Sampler:
@@ -72,85 +90,178 @@ class Sampler:
             prompt = ""
         swapped = rng.random() < p.swap_colours and not labels["tone"]  # skin keeps its colour
         view = (rng.integers(1, len(SWAPS)) if swapped else 0) + (len(SWAPS) if rng.random() < p.mirror else 0)
-        return Sample(target, tuple(references), prompt, int(view))
+        place = int(rng.integers(p.crops)) / (p.crops - 1) if p.crops > 1 else 0.5
+        return Sample(target, tuple(references), prompt, int(view), place)
 
 
-class Cache(dict[Hashable, Any]):
-    """Remember results, at most `most` of them (the oldest go). Each result is computed alone, never in a batch, so a hit
-    and a miss give the same bits and a resumed run does not depend on what had been cached."""
-
-    def __init__(self, most: int) -> None:
-        super().__init__()
-        self.most = most
-
-    def get_or(self, key: Hashable, make: Callable[[], V]) -> V:
-        if key not in self:
-            if len(self) >= self.most:
-                del self[next(iter(self))]
-            self[key] = make()
-        return self[key]
+def microbatches(samples: Sequence[Sample], most: int, size: Callable[[Sample], Size], by_references: bool = True) -> list[list[int]]:
+    """Places of the samples, in microbatches of at most `most`: targets of one have the same size, and (`by_references`) about as many
+    references, so that padding is small. In a microbatch the order stays."""
+    by_size: dict[Size, list[int]] = {}
+    for place, sample in enumerate(samples):
+        by_size.setdefault(size(sample), []).append(place)
+    parts = []
+    for places in by_size.values():
+        alike = sorted(places, key=lambda i: len(samples[i].references)) if by_references else places
+        parts += [sorted(alike[start : start + most]) for start in range(0, len(alike), most)]
+    return parts
 
 
+@dataclass
 class Inputs:
-    """Cached encodings of images and prompts on the model's device: latents, text states, patches and vision tokens."""
+    """Encodings of images and prompts on the models' device: latents, text states, vision tokens, prefix states. The last two only with
+    `frozen_prefix`, prefix states of samples only if `cache_prefix`: each is then computed alone."""
 
-    def __init__(self, models: Models, images: TrainingImages, frozen_prefix: bool) -> None:
-        self.models, self.images, self.frozen_prefix = models, images, frozen_prefix
-        width, height = centre(self.image(0, 0)).size
-        self.latent: Cache = Cache(40_000)
-        self.text: Cache = Cache(40_000)
-        self.patches: Cache = Cache(20_000)
-        self.vision: Cache = Cache(20_000)
-        self.time_ids_6 = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=models.device)
+    models: Models
+    images: TrainingImages
+    frozen_prefix: bool
+    store: Store = field(default_factory=lambda: Store(2**30))
+    framing: Framing = field(default_factory=Framing)
+    cache_prefix: bool = False
 
-    def latents(self, samples: list[Sample]) -> torch.Tensor:
-        """Mean latents of the targets, scaled for diffusion: [B, C, h, w]."""
+    # -- what a sample sees: nothing here runs a model, any thread may call it --------------------------------------------
 
-        def make(item: int, view: int) -> torch.Tensor:
-            image = centre(self.image(item, view))
-            x_3HW = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
-            return to_latents(self.models.vae, x_3HW[None].to(self.models.device))[0]
+    def frame(self, sample: Sample) -> Frame:
+        """The part of the image that is the target."""
+        row = self.images.labels[sample.target]
+        return self.framing((row["height"], row["width"]), sample.place)
 
-        return torch.stack([self.latent.get_or((s.target, s.view), partial(make, s.target, s.view)) for s in samples])
+    def size(self, sample: Sample) -> Size:
+        return self.frame(sample).size
+
+    def target(self, sample: Sample) -> Seen:
+        frame = self.frame(sample)
+        return Seen(sample.target, sample.view, frame if frame.size != frame.original else None)
+
+    def references(self, sample: Sample) -> list[Seen]:
+        """An image that is its own reference is cut like the target (method.md §4)."""
+        if sample.references == (sample.target,):
+            return [self.target(sample)]
+        return [Seen(item, sample.view) if item != NULL else Seen(NULL) for item in sample.references]
+
+    def load(self, sample: Sample) -> None:
+        """Into memory what the models will need: encodings from disk or, where there are none yet, images."""
+        self.store.find("text", sample.prompt)
+        target = self.target(sample)
+        if not self.store.find("latents", *self._key(target)):
+            self.store.get(partial(self._pixels, target), "pixels", *self._key(target))
+        if self.frozen_prefix and self.cache_prefix and self.store.find("prefix", *self._prefix_key(sample)):
+            return
+        for seen in self.references(sample):
+            if not (self.frozen_prefix and self.store.find("vision", *self._key(seen))):
+                self.store.get(partial(self._patches, seen), "patches", *self._key(seen))
 
     def image(self, item: int, view: int) -> Image.Image:
         return seen_as(self.images.store.image(self.images.sha256s[item]), view)
 
-    def text_states(self, prompts: list[str]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Text states [B, L, X] and SDXL's added conditions of the prompts."""
+    def _picture(self, seen: Seen) -> Image.Image:
+        if seen.item == NULL:
+            return null_image()
+        image = self.image(seen.item, seen.view)
+        return seen.frame.cut(image) if seen.frame else image
 
-        def make(prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def _key(self, seen: Seen) -> list[Any]:
+        return [self.images.sha256s[seen.item] if seen.item != NULL else "null", seen.view, seen.frame and astuple(seen.frame)]
+
+    def _prefix_key(self, sample: Sample) -> list[Any]:
+        return [sample.prompt, *map(self._key, self.references(sample))]
+
+    def _pixels(self, seen: Seen) -> Encoding:
+        return {"pixels_3HW": torch.from_numpy(np.array(self._picture(seen))).permute(2, 0, 1)}
+
+    def _patches(self, seen: Seen) -> Encoding:
+        return vars(self.models.processor.image(self._picture(seen)))
+
+    # -- encodings --------------------------------------------------------------------------------------------------------
+
+    def latents(self, samples: Sequence[Sample]) -> torch.Tensor:
+        """Mean latents of the targets, scaled for diffusion: [B, C, h, w]."""
+
+        def make(seen: Seen) -> Encoding:
+            x_3HW = self.store.take(partial(self._pixels, seen), "pixels", *self._key(seen))["pixels_3HW"]
+            x_13HW = self._here(x_3HW)[None].float() / 127.5 - 1
+            return {"latents_Chw": to_latents(self.models.vae, x_13HW)[0]}
+
+        targets = [self.target(sample) for sample in samples]
+        found = [self.store.get(partial(make, seen), "latents", *self._key(seen)) for seen in targets]
+        return torch.stack([self._here(encoding["latents_Chw"]) for encoding in found])
+
+    def time_ids(self, samples: Sequence[Sample]) -> torch.Tensor:
+        """SDXL's sizes of the targets [B, 6]."""
+        return torch.tensor([self.frame(s).time_ids for s in samples], dtype=torch.float32, device=self.models.device)
+
+    def text_states(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Text states [B, L, X] and pooled states [B, P] of the prompts."""
+
+        def make(prompt: str) -> Encoding:
             with torch.no_grad():
                 text, pooled = encode_text(self.models.text_encoders, [prompt])
-            return text[0], pooled[0]
+            return {"text_LX": text[0], "pooled_P": pooled[0]}
 
-        found = [self.text.get_or(prompt, partial(make, prompt)) for prompt in prompts]
-        text_BLX, pooled_BP = (torch.stack(list(x)) for x in zip(*found, strict=True))
-        return text_BLX, {"text_embeds": pooled_BP, "time_ids": self.time_ids_6.expand(len(prompts), 6)}
+        found = [self.store.get(partial(make, prompt), "text", prompt) for prompt in prompts]
+        return tuple(torch.stack([self._here(encoding[part]) for encoding in found]) for part in ("text_LX", "pooled_P"))  # type: ignore
 
-    def reference_tokens(self, samples: list[Sample]) -> torch.Tensor:
+    def reference_tokens(self, samples: Sequence[Sample]) -> torch.Tensor:
         """tokens_BTX of the samples, with gradients to whatever is trained."""
         encoder, processor = self.models.encoder, self.models.processor
-        inputs = [ReferenceSample([self.image_patches(i, s.view) for i in s.references], s.prompt) for s in samples]
-        batch = processor.batch(inputs).to(self.models.device)
         if not self.frozen_prefix:
-            return encoder(batch)
+            inputs = [ReferenceSample([self.image_patches(seen) for seen in self.references(s)], s.prompt) for s in samples]
+            return encoder(processor.batch(inputs).to(self.models.device))
         with torch.no_grad():
-            embeds = [self.image_embeds(item, sample.view) for sample in samples for item in sample.references]
-            prefix = encoder.prefix(batch, embeds)
+            prefix = _batch([self._kept_prefix(s) for s in samples]) if self.cache_prefix else self._prefix(samples)
         return encoder(prefix)
 
-    def image_patches(self, item: int, view: int) -> ImagePatches:
-        def make() -> ImagePatches:
-            return self.models.processor.image(null_image() if item == NULL else self.image(item, view))
+    def image_patches(self, seen: Seen) -> ImagePatches:
+        found = self.store.get(partial(self._patches, seen), "patches", *self._key(seen))
+        return ImagePatches(self._here(found["pixel_values"]), found["grid_thw"])
 
-        return self.patches.get_or((item, view), make)
-
-    def image_embeds(self, item: int, view: int) -> torch.Tensor:
+    def _vision(self, seen: Seen) -> Encoding:
         """Vision tokens [N, D] of one image by the frozen tower."""
 
-        def make() -> torch.Tensor:
-            patches = self.image_patches(item, view)
-            return self.models.encoder.vision(patches.pixel_values.to(self.models.device), patches.grid_thw[None])[0]
+        def make() -> Encoding:
+            patches = self.store.take(partial(self._patches, seen), "patches", *self._key(seen))
+            grid_3 = patches["grid_thw"]
+            return {"tokens_ND": self.models.encoder.vision(self._here(patches["pixel_values"]), grid_3[None])[0], "grid_thw": grid_3}
 
-        return self.vision.get_or((item, view), make)
+        return self.store.get(make, "vision", *self._key(seen))
+
+    def _prefix(self, samples: Sequence[Sample]) -> PrefixStates:
+        found = [[self._vision(seen) for seen in self.references(s)] for s in samples]
+        images = [[ImagePatches(torch.empty(0, 0), encoding["grid_thw"]) for encoding in encodings] for encodings in found]
+        batch = self.models.processor.batch([ReferenceSample(i, s.prompt) for i, s in zip(images, samples, strict=True)])
+        tokens = [self._here(encoding["tokens_ND"]) for encodings in found for encoding in encodings]
+        return self.models.encoder.prefix(batch.to(self.models.device), tokens)
+
+    def _kept_prefix(self, sample: Sample) -> PrefixStates:
+        found = self.store.get(lambda: vars(self._prefix([sample])), "prefix", *self._prefix_key(sample))
+        return PrefixStates(**{part: self._here(tensor) for part, tensor in found.items()})
+
+    def _here(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.models.device, non_blocking=True)
+
+
+def open_store(loading: Loading, models: Models, how: list[Any], frozen: str | None, base: Path, work: Path) -> Store:
+    """The store of a stage; on disk, encodings of the `base` models (a folder), and of the MLLM if it does not train: `frozen` is then
+    the hash of its weights. `how` the models compute."""
+    disk = None
+    if loading.disk_gib:
+        code = [str(module.__file__) for module in (images, frames, dataset, loss, reference)]
+        files = [sha256_file(path) for path in sorted(base.rglob("*")) if path.suffix in (".json", ".txt", ".model")]  # not weights
+        fixed = [models.base_hash, files, how, torch.__version__, made_here(models.device, *code)]
+        abouts = dict.fromkeys(("latents", "text"), sha256_json(fixed))
+        if frozen:
+            abouts |= dict.fromkeys(("vision", "prefix"), sha256_json([fixed, frozen, models.encoder.config.model_dump()]))
+        disk = Disk(work / "encodings.sqlite", int(loading.disk_gib * 2**30), abouts)
+    return Store(int(loading.memory_gib * 2**30), disk, models.device)
+
+
+def _batch(prefixes: Sequence[PrefixStates]) -> PrefixStates:
+    """Prefixes of one sample each, right-padded."""
+    longest = max(prefix.mask_BL.shape[1] for prefix in prefixes)
+    pads = [longest - prefix.mask_BL.shape[1] for prefix in prefixes]
+    pairs = list(zip(prefixes, pads, strict=True))
+    return PrefixStates(
+        torch.cat([F.pad(prefix.states_BLD, (0, 0, 0, pad)) for prefix, pad in pairs]),
+        torch.cat([F.pad(prefix.mask_BL, (0, pad)) for prefix, pad in pairs]),
+        torch.cat([F.pad(prefix.positions_3BL, (0, pad)) for prefix, pad in pairs], dim=1),
+    )

@@ -7,7 +7,8 @@ Letters: B batch · L text tokens · T reference tokens · X cross-attention wid
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,16 @@ import torch
 
 from easyref.config import Params, Stage
 from easyref.data.dataset import TrainingImages
+from easyref.data.frames import Framing
 from easyref.model import weights
 from easyref.model.schedule import Schedule
 from easyref.progress import use_threads
 from easyref.records import read_table, sha256_file
+from easyref.training.ahead import ahead
 from easyref.training.align import align
 from easyref.training.curves import write_curves
 from easyref.training.engine import Engine, whole
-from easyref.training.inputs import NULL, Inputs, Sample, Sampler
+from easyref.training.inputs import NULL, Inputs, Sample, Sampler, microbatches, open_store
 from easyref.training.loss import diffusion_loss
 from easyref.training.models import Models, load_models
 from easyref.training.state import remove_state
@@ -78,9 +81,12 @@ def run_stage(
     if p.compile:
         models.compile()
     images = TrainingImages(data)
-    inputs = Inputs(models, images, frozen)
-    sampler = Sampler(images, p, params.seed, name)
-    validate = Validation(params, models, data)
+    start = sha256_file(models_folder / starts_from / weights.WEIGHTS) if starts_from else models.base_hash
+    mllm = None if not frozen else start if with_mllm else models.base_hash  # whose states may be kept
+    store = open_store(params.loading, models, [p.precision, p.compile], mllm, models_folder / "base", work)
+    inputs = Inputs(models, images, frozen, store, _framing(p, images, models), p.cache_prefix)
+    sampler = lru_cache(4 * p.batch)(Sampler(images, p, params.seed, name))
+    validate = Validation(params, inputs, data)
     warm = work / "align.safetensors" if params.align and not starts_from else None
     if warm:
         align(params, inputs, validate.inputs, warm, engine, allow)
@@ -91,17 +97,22 @@ def run_stage(
         samples = [sampler(n) for n in numbers]
         return _loss(models, inputs, samples, params.seed, [f"{name}/{n}" for n in numbers], p.min_snr, p.noise_offset)
 
+    def split(numbers: range, most: int) -> list[list[int]]:
+        return [[numbers[i] for i in part] for part in microbatches([sampler(n) for n in numbers], most, inputs.size)]
+
     depends: dict[str, Any] = {
         "stage": name,
         "seed": params.seed,
         "images": images.content,
-        "start": sha256_file(models_folder / starts_from / weights.WEIGHTS) if starts_from else models.base_hash,
+        "start": start,
         "reference": params.reference.model_dump(exclude_defaults=True),
     }
     if not starts_from:
         depends["align"] = params.align.model_dump() if params.align else None
     state = work / f"{name}.safetensors"
-    train(Task(name, [models.encoder, models.unet], trained, loss, depends, factors, validate, shard=True), p, state, engine, allow)
+    read = partial(ahead, sample=sampler, load=inputs.load, workers=params.loading.workers)
+    task = Task(name, [models.encoder, models.unet], trained, loss, depends, factors, validate, True, split, read)
+    train(task, p, state, engine, allow)
     tensors = {}
     for key, tensor in weights.tensors(models.encoder, models.adapter, with_mllm).items():
         full = whole(tensor)
@@ -117,15 +128,25 @@ def run_stage(
     remove_state(state)
 
 
+def _framing(p: Stage, images: TrainingImages, models: Models) -> Framing:
+    """The area is the square of the images' shorter side; sides are what VAE and UNet take whole, for SDXL at 1024 multiples of 64
+    pixels (method.md §4)."""
+    if not p.keep_aspect:
+        return Framing()
+    side = min(images.labels[0]["height"], images.labels[0]["width"])  # of all, by `ingest`
+    vae, unet = (2 ** (len(model.config.block_out_channels) - 1) for model in (models.vae, models.unet))
+    return Framing(side, vae * unet * max(1, side // (16 * vae * unet)))
+
+
 def _loss(
     models: Models, inputs: Inputs, samples: list[Sample], seed: int, numbers: list[str], min_snr: float | None = None,
     noise_offset: float = 0.0,
 ) -> torch.Tensor:  # fmt: skip
     """Mean error of what the UNet predicts of the targets under their references and prompts (method.md §4)."""
     with models.autocast():
-        text_BLX, added = inputs.text_states([s.prompt for s in samples])
+        text_BLX, pooled_BP = inputs.text_states([s.prompt for s in samples])
         tokens_BTX = inputs.reference_tokens(samples)
-        conditions = {**added, "image_embeds": [tokens_BTX[:, None]]}
+        conditions = {"text_embeds": pooled_BP, "time_ids": inputs.time_ids(samples), "image_embeds": [tokens_BTX[:, None]]}
         latents_BChw = inputs.latents(samples)
         return diffusion_loss(models.unet, models.scheduler, latents_BChw, text_BLX, conditions, seed, numbers, min_snr, noise_offset)
 
@@ -134,8 +155,8 @@ class Validation:
     """Loss on the held-out samples at fixed noise and timesteps, with the right references, those of the next sample of the
     same kind, and the null reference: the cheapest early signal that references are used (right < shuffled < none)."""
 
-    def __init__(self, params: Params, models: Models, data: Path) -> None:
-        self.params, self.models = params, models
+    def __init__(self, params: Params, inputs: Inputs, data: Path) -> None:
+        self.params, self.models = params, inputs.models
         table = read_table(data / "split" / "samples.parquet").filter(split="held_out").sort("kind", "sample_id")
         rows = list(table.iter_rows(named=True))
         self.images = TrainingImages(data, sorted({s for r in rows for s in (r["target"], *r["references"])}))
@@ -152,17 +173,16 @@ class Validation:
             for name, chosen in conditions.items()
         }
 
-        self.inputs = Inputs(models, self.images, frozen_prefix=False)  # once: neither latents nor patches change in training
+        self.inputs = replace(inputs, images=self.images, frozen_prefix=False)
 
     def __call__(self) -> dict[str, float]:
         result = {}
         for name, samples in self.samples.items():
             losses = []
-            for start in range(0, len(samples), 32):
-                part = samples[start : start + 32]
-                numbers = [f"validation/{start + i}" for i in range(len(part))]
+            for part in microbatches(samples, 32, self.inputs.size, by_references=False):
+                chosen, numbers = [samples[i] for i in part], [f"validation/{i}" for i in part]
                 with torch.no_grad():
-                    losses.append(_loss(self.models, self.inputs, part, self.params.seed, numbers).item() * len(part))
+                    losses.append(_loss(self.models, self.inputs, chosen, self.params.seed, numbers).item() * len(part))
             result[f"held_out_{name}"] = sum(losses) / len(samples)
         print(" · ".join(f"{k} {v:.5f}" for k, v in result.items()))
         return result

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,10 @@ from easyref.training.engine import Engine
 from easyref.training.state import load_optimizer, load_state, optimizer_tensors, restore, save_state
 
 FREE = ("microbatch", "save_images", "keep_states", "recompute", "compile")  # parameters that a run may go on with other values of
+
+
+def consecutive(numbers: range, most: int) -> list[range]:
+    return [numbers[start : start + most] for start in range(0, len(numbers), most)]
 
 
 @dataclass
@@ -44,6 +48,8 @@ class Task:
     factors: dict[str, float] = field(default_factory=dict)  # by parameter name; 1 where absent
     validate: Callable[[], dict[str, float]] | None = None
     shard: bool = False  # whether FSDP2 may share out the modules
+    split: Callable[[range, int], Sequence[Sequence[int]]] = consecutive  # an update into microbatches of at most so many images
+    ahead: Callable[[Iterator[Sequence[int]]], Iterator[Sequence[int]]] = iter  # the same microbatches, when their inputs are there
 
 
 def learning_rate(seen: int, p: Optimisation) -> float:
@@ -96,6 +102,8 @@ def train(task: Task, p: Optimisation, state_path: Path, engine: Engine | None =
         else:
             log.unlink(missing_ok=True)
 
+    updates = (range(start, start + p.batch) for start in range(seen, p.images, p.batch))
+    ready = task.ahead(numbers for update in updates for numbers, _ in share(update, p.microbatch, engine, task.split))
     progress = bar(p.images, task.name, initial=seen, disable=not engine.main)
     while True:
         last = seen >= p.images
@@ -116,9 +124,10 @@ def train(task: Task, p: Optimisation, state_path: Path, engine: Engine | None =
         rate = learning_rate(seen, p)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["factor"]
-        parts = share(range(seen, seen + p.batch), p.microbatch, engine)
+        parts = share(range(seen, seen + p.batch), p.microbatch, engine, task.split)
         total = 0.0
         for i, (numbers, portion) in enumerate(parts):
+            next(ready)
             total += engine.backward(partial(_weighted, task.loss, numbers, portion), last=i == len(parts) - 1)
         total = engine.sum(total) / engine.world
         if not math.isfinite(total):
@@ -146,11 +155,13 @@ def train(task: Task, p: Optimisation, state_path: Path, engine: Engine | None =
     engine.settle()
 
 
-def share(batch: range, microbatch: int, engine: Engine) -> list[tuple[Sequence[int], float]]:
+def share(
+    batch: range, microbatch: int, engine: Engine, split: Callable[[range, int], Sequence[Sequence[int]]] = consecutive
+) -> list[tuple[Sequence[int], float]]:
     """The microbatches of one process, each with the weight of its mean loss, so that the mean over processes of their sums is the
     mean over the batch. All processes get as many, if need be one that weighs nothing: they meet in each."""
     size = min(microbatch, -(-len(batch) // engine.world))
-    parts = [batch[start : start + size] for start in range(0, len(batch), size)]
+    parts = split(batch, size)
     own: list[tuple[Sequence[int], float]] = [(n, len(n) / len(batch) * engine.world) for n in parts[engine.rank :: engine.world]]
     return own + [(parts[0], 0.0)] * (-(-len(parts) // engine.world) - len(own))
 
