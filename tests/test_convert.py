@@ -331,7 +331,8 @@ def test_dtypes_are_kept_or_the_one_that_is_asked_for(place: Path, original: Ori
 
 def test_every_tensor_of_a_file_lies_at_a_multiple_of_its_item(tmp_path: Path) -> None:
     """Readers map files into memory, and not all of them take a number across its bounds."""
-    path, named = tmp_path / "a.safetensors", {"a": torch.randn(3).bfloat16(), "b": torch.randn(2, 1), "c": torch.randn(1).double()}
+    path = tmp_path / "a.safetensors"
+    named = {"a": torch.randn(3).bfloat16(), "b": torch.randn(2, 3).T, "c": torch.randn(1).double(), "d": torch.ones(1).expand(5)}
     stream.write(path, {n: stream.Entry(t.dtype, tuple(t.shape)) for n, t in named.items()}, named.__getitem__, {"about": "é"}, "")
     equal(load_file(path), named)
     length = struct.unpack("<Q", path.read_bytes()[:8])[0]

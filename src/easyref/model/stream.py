@@ -72,9 +72,9 @@ def write(path: Path, named: Mapping[str, Entry], get: Callable[[str], Tensor], 
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in track(order, title, len(order), "tensors"):
-            tensor = get(name).detach().to("cpu", named[name].dtype)
+            tensor = get(name).detach().to("cpu", named[name].dtype).contiguous()
             assert tensor.shape == named[name].shape, name
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            file.write(tensor.view(-1).view(torch.uint8).numpy().data)
 
 
 @contextmanager
