@@ -145,6 +145,27 @@ def bench_export(
         print(f"{name}: {size:.2f} GiB in {row['export_s']:.0f} s, loaded in {row['load_s']:.0f} s, {row['difference']:.1e} off")
 
 
+@bench.command("train")
+def bench_train(
+    images: Annotated[int, typer.Option(min=32, help="Samples of a pass; a multiple of the batch.")] = 256,
+    passes: Annotated[int, typer.Option(min=1)] = 4,
+    params: ParamsFile = PARAMS,
+    out: Annotated[Path, typer.Option()] = Path("benchmarks/train.json"),
+) -> None:
+    """Images a second of the three stages, beside a plain loop of the published recipe."""
+    from easyref.config import load_params
+    from easyref.training.bench import bench_train as run
+    from easyref.training.stages import STAGES
+
+    found = run(load_params(params), DATA, MODELS, out, images, passes)
+    for name in STAGES:
+        row = found[name]
+        print(
+            f"{name}: {row['images_per_s']['ours']:.1f} images/s, {row['speedup_over_plain_loop']:.2f} times the plain loop's, "
+            f"{row['speedup_over_published_microbatch']:.2f} times with its microbatch of {row['published_microbatch']}"
+        )
+
+
 ImageFolder = Annotated[Path | None, typer.Argument(help="Its images (easyref/evaluation/protocols.py); none: held-out ones.")]
 Samples = Annotated[int, typer.Option(min=1, help="The first so many of a seeded order.")]
 
