@@ -41,6 +41,7 @@ def convert(source: Path, out: Path, params: Path, dtype: str, trust_pickle: boo
 
 
 def to_folder(params: Params, file: Path, out: Path, dtype: torch.dtype | None, trust_pickle: bool) -> list[str]:
+    """The published form → ours; a folder `out` is replaced whole, or stays as it is."""
     with atomic_folder(out) as folder, stream.as_safetensors(file, trust_pickle, folder) as source:
         found = stream.entries(source)
         config, origin, left_out = fit(params, file, found, out)
@@ -80,6 +81,7 @@ def fit(
 
 
 def to_file(folder: Path, out: Path, dtype: torch.dtype | None) -> list[str]:
+    """Ours → the published form, for weights with which the published code computes the same."""
     if out.suffix != ".safetensors":
         raise ValueError(f"{out}: the published code takes a file for a pickle if its name does not end in .safetensors; call it so")
     config = weights.read_config(folder)
