@@ -41,9 +41,7 @@ from easyref.training.trainer import Task, train
 PUBLISHED = {"pretrain": 8, "finetune_single": 4, "finetune_multi": 1}
 
 
-def bench_train(
-    params: Params, data: Path, models_folder: Path, out: Path, images: int = IMAGES, passes: int = PASSES
-) -> dict[str, Any]:
+def bench_train(params: Params, data: Path, models_folder: Path, out: Path, images: int, passes: int) -> dict[str, Any]:
     """Measure and write `out`."""
     use_threads(1)
     found: dict[str, Any] = {}
