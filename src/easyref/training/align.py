@@ -85,7 +85,6 @@ def align(
         states_NTX = states(held_out, alone)
         error = (tokens_NTX - states_NTX).square().mean()
         share = 1 - (error / (states_NTX - states_NTX.mean(0)).square().mean()).item()
-        print(f"align: tokens explain {share:.3f} of the variance of held-out captions")
         return {"held_out_explained": share}
 
     depends = {"stage": "align", "seed": params.seed, "images": inputs.images.content, "base": models.base_hash,

@@ -2,7 +2,8 @@
 several that hold a share of its weights, gradients and moments each (FSDP2, `--use_fsdp --fsdp_version 2`).
 
 FSDP2 gathers the weights of a block when it runs. `--fsdp_reshard_after_forward false` keeps them until its backward pass has run: what
-stays sharded is then gradients and moments, as in the paper's ZeRO-2 (and weights between steps); `true` is the full shard.
+stays sharded is then gradients and moments, as in the paper's ZeRO-2 (and weights between steps); `true` is the full shard. What is
+frozen every process has whole: where encodings are kept, one may have nothing to compute when another has.
 """
 
 from __future__ import annotations
@@ -131,13 +132,17 @@ def _fully_shard(step: Step, precision: str) -> None:
     if plugin.fsdp_version != 2:
         raise ValueError("training needs FSDP2; launch with --fsdp_version 2")
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)  # the shards stay in single precision
-    options = {
+    options: dict[str, Any] = {
+        "ignored_params": {parameter for parameter in step.parameters() if not parameter.requires_grad},
         "mp_policy": half if precision == "bf16" else MixedPrecisionPolicy(),
         "offload_policy": plugin.cpu_offload,
         "reshard_after_forward": plugin.reshard_after_forward,
     }
     for name, module in list(step.named_modules()):
-        if type(module).__name__ in BLOCKS and not name.endswith(".final_layer"):  # whose forward is not called: its parts are
+        trains = any(parameter.requires_grad for parameter in module.parameters())
+        if (
+            trains and type(module).__name__ in BLOCKS and not name.endswith(".final_layer")
+        ):  # whose forward is not called: its parts are
             fully_shard(module, **options)
     fully_shard(step, **options)
 

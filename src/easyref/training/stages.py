@@ -184,7 +184,6 @@ class Validation:
                 with torch.no_grad():
                     losses.append(_loss(self.models, self.inputs, chosen, self.params.seed, numbers).item() * len(part))
             result[f"held_out_{name}"] = sum(losses) / len(samples)
-        print(" · ".join(f"{k} {v:.5f}" for k, v in result.items()))
         return result
 
 

@@ -110,6 +110,7 @@ def train(task: Task, p: Optimisation, state_path: Path, engine: Engine | None =
         pause = seen != saved and (last or seen % p.save_images == 0)
         if pause and task.validate:
             row = engine.run(task.validate)
+            engine.say(f"{task.name} at {seen}: " + " · ".join(f"{key} {value:.5f}" for key, value in row.items()))
             if engine.main:
                 _log(log, {"seen": seen, **row})
         if pause and seen:
