@@ -34,6 +34,7 @@ def test_the_plain_loop_has_the_losses_and_gradients_of_ours(name: str) -> None:
         torch.testing.assert_close(gradient, others[key], rtol=2e-3, atol=1e-6, msg=key)
 
 
+@pytest.mark.long
 def test_bench_train_measures_all_stages(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["bench", "train", "--images", "32", "--passes", "1", "--out", str(tmp_path / "train.json")])
     assert done.exit_code == 0, done.output
