@@ -81,9 +81,8 @@ def test_two_processes_train_as_one_does(place: Path, tmp_path: Path, case: str)
     for process in start_together(easyref, other, stage, shard=WAYS[way]):
         assert exit_code(process) == 0
     same(place, other, stage)
-    assert sorted(path.name for path in (other / ".work").iterdir()) == sorted(
-        [f"{stage}.jsonl", *(["align.jsonl"] if stage == "pretrain" else [])]
-    )
+    logs = [f"{name}.{kind}" for name in ("align", stage)[stage != "pretrain" :] for kind in ("jsonl", "speed")]
+    assert sorted(path.name for path in (other / ".work").iterdir()) == sorted(["encodings.sqlite", *logs])
 
 
 @pytest.mark.long

@@ -59,7 +59,8 @@ def easyref(place: Path, stage: str, last_write: int = 0) -> None:
 def results(place: Path, stage: str) -> dict[str, bytes]:
     """All that a stage leaves: checkpoint, curves, log; and any temporary or state that it should not leave."""
     found = [*(place / "models" / stage).rglob("*"), *(place / "metrics" / stage).rglob("*"), *(place / ".work").rglob(f"*{stage}*")]
-    return {str(path.relative_to(place)): path.read_bytes() if path.is_file() else b"folder" for path in found}
+    read = {path: path.read_bytes() if path.is_file() else b"folder" for path in found}
+    return {str(path.relative_to(place)): b"speed" if path.suffix == ".speed" else data for path, data in read.items()}
 
 
 def whole(place: Path, stage: str) -> tuple[dict[str, bytes], float]:
@@ -68,7 +69,7 @@ def whole(place: Path, stage: str) -> tuple[dict[str, bytes], float]:
     assert exit_code(start(easyref, place, stage)) == 0
     expected = results(place, stage)
     assert {path.rsplit("/", 1)[1] for path in expected} == {
-        f"{stage}.jsonl", "loss.json", "held_out.json", "config.json", "easyref.safetensors",
+        f"{stage}.jsonl", f"{stage}.speed", "loss.json", "held_out.json", "config.json", "easyref.safetensors",
         *(["align"] if stage == "pretrain" else []),
     }  # fmt: skip
     shutil.rmtree(place / "models" / stage)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from easyref.config import Optimisation
 from easyref.seeds import Order, torch_rng
+from easyref.training import status, trainer
 from easyref.training.state import remove_state
 from easyref.training.trainer import Task, learning_rate, train
 from tests.processes import exit_code, start
@@ -79,7 +80,7 @@ def test_kill_9_and_again_gives_the_same_bits(tmp_path: Path) -> None:
             process.kill()
         kills += exit_code(process) == -signal.SIGKILL
     assert kills >= 2
-    assert {path.name for path in killed.iterdir()} == {"state.safetensors", "state.jsonl", "out.safetensors"}
+    assert {path.name for path in killed.iterdir()} == {"state.safetensors", "state.jsonl", "state.speed", "out.safetensors"}
     for name in ("out.safetensors", "state.jsonl"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
 
@@ -127,6 +128,37 @@ def test_inputs_are_read_in_the_order_of_the_training_from_where_it_goes_on(tmp_
         with suppress(KeyboardInterrupt):
             train(run, p, tmp_path / "state.safetensors")
         assert used == list(wanted)
+
+
+def test_the_speed_stands_beside_the_log_and_changes_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With FLOP counted (by hand: two layers of 64 x 256, forward and for the gradients of weights and, but for the first, of inputs)
+    and 40 inputs a row that are waited for."""
+    p = Optimisation(**(PARAMS | {"images": 640, "save_images": 320}))
+    train(task(), p, tmp_path / "plain.safetensors")
+    monkeypatch.setattr(status, "COUNTS", {"cpu"})
+    monkeypatch.setattr(trainer, "COUNTS", {"cpu"})
+    monkeypatch.setattr(status, "matmul_rate", lambda *_: 1e9)
+    slow = task()
+
+    def ahead(order: Iterator[Sequence[int]]) -> Iterator[Sequence[int]]:
+        for numbers in order:
+            time.sleep(0.01)
+            yield numbers
+
+    slow.ahead = ahead
+    begin = time.perf_counter()
+    train(slow, p, tmp_path / "counted.safetensors")
+    seconds = time.perf_counter() - begin
+    assert (tmp_path / "counted.jsonl").read_bytes() == (tmp_path / "plain.jsonl").read_bytes()
+    for name, parameter in load_file(tmp_path / "plain.safetensors").items():
+        assert torch.equal(parameter, load_file(tmp_path / "counted.safetensors")[name])
+    rows = [json.loads(row) for row in (tmp_path / "counted.speed").read_text().splitlines()]
+    assert [row["seen"] for row in rows] == [320, 640]
+    assert sum(320 / row["images_per_second"] for row in rows) < seconds
+    for row in rows:
+        assert 40 * 0.01 <= row["waiting"] * 320 / row["images_per_second"] < seconds
+        assert row["mfu"] == pytest.approx(row["images_per_second"] * 5 * 2 * 64 * 256 / 1e9) and 0.05 < row["memory_gib"] < 16
+    assert all("mfu" not in json.loads(row) for row in (tmp_path / "plain.speed").read_text().splitlines())
 
 
 def test_changed_parameters_refuse_to_go_on_unless_allowed_by_name(tmp_path: Path) -> None:
@@ -184,7 +216,7 @@ def test_a_full_disk_is_one_clear_line_and_keeps_the_last_state(tmp_path: Path) 
     before = state.read_bytes()
     assert exit_code(start(train_on_a_full_disk, state, len(before) // 2)) == 0
     assert state.read_bytes() == before
-    assert {path.name for path in tmp_path.iterdir()} == {"state.safetensors", "state.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {"state.safetensors", "state.jsonl", "state.speed"}
 
 
 def test_torn_state_is_one_clear_line(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ class Engine:
         self.main = self.rank == 0
         self.sharding = self.world > 1 and os.environ.get("ACCELERATE_USE_FSDP") == "true"  # as `accelerate launch` passes it on
         self.step: Any = None
+        self.dtype = torch.bfloat16 if accelerator and accelerator.mixed_precision == "bf16" else torch.float32
 
     def say(self, line: str) -> None:
         """Once, not on every process."""

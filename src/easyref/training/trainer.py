@@ -24,6 +24,7 @@ from easyref.progress import bar
 from easyref.records import clear_temporaries, write_bytes
 from easyref.training.engine import Engine
 from easyref.training.state import load_optimizer, load_state, optimizer_tensors, restore, save_state
+from easyref.training.status import COUNTS, Status
 
 FREE = ("microbatch", "save_images", "keep_states", "recompute", "compile")  # parameters that a run may go on with other values of
 
@@ -85,6 +86,7 @@ def train(task: Task, p: Optimisation, state_path: Path, engine: Engine | None =
     seen, saved = 0, -1
     losses: list[float] = []  # of the updates since the last row of the log
     log = state_path.with_suffix(".jsonl")
+    status = Status(state_path.with_suffix(".speed"), weights[0].device, engine.world)
     if found := load_state(state_path):
         tensors, counters = found
         _check_inputs(task.name, state_path, counters["inputs"], inputs, allow)
@@ -100,8 +102,14 @@ def train(task: Task, p: Optimisation, state_path: Path, engine: Engine | None =
             _cut_log(log, seen)
             print(f"{task.name}: goes on at {seen} of {p.images} images")
         else:
-            log.unlink(missing_ok=True)
+            for path in (log, status.path):
+                path.unlink(missing_ok=True)
 
+    if status.device.type in COUNTS and seen < p.images and not engine.sharding:
+        (numbers, _), *_ = share(range(seen, seen + p.batch), p.microbatch, engine, task.split)
+        backward = partial(engine.backward, partial(task.loss, numbers), last=False)
+        status.count(partial(task.loss, numbers), backward, len(numbers), engine.dtype)
+        optimizer.zero_grad(set_to_none=True)
     updates = (range(start, start + p.batch) for start in range(seen, p.images, p.batch))
     ready = task.ahead(numbers for update in updates for numbers, _ in share(update, p.microbatch, engine, task.split))
     progress = bar(p.images, task.name, initial=seen, disable=not engine.main)
@@ -122,13 +130,15 @@ def train(task: Task, p: Optimisation, state_path: Path, engine: Engine | None =
         if last:
             break
         # -- single training step -----------------------------------------------------------------------------
+        status.begin()
         rate = learning_rate(seen, p)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         parts = share(range(seen, seen + p.batch), p.microbatch, engine, task.split)
         total = 0.0
         for i, (numbers, portion) in enumerate(parts):
-            next(ready)
+            with status.waiting():
+                next(ready)
             total += engine.backward(partial(_weighted, task.loss, numbers, portion), last=i == len(parts) - 1)
         total = engine.sum(total) / engine.world
         if not math.isfinite(total):
@@ -140,14 +150,15 @@ def train(task: Task, p: Optimisation, state_path: Path, engine: Engine | None =
         if average:
             half_life = min(p.ema_images, max(0.1 * seen, p.batch))
             torch._foreach_lerp_(average, [w.detach() for w in weights], 1 - 0.5 ** (p.batch / half_life))
+        status.end(p.batch)
         # ------------------------------------------------------------------------------------------------------
         losses.append(total)
         progress.update(p.batch)
         if len(losses) * p.batch >= min(p.save_images, 1600) or seen >= p.images:
             mean = sum(losses) / len(losses)
-            progress.set_postfix(loss=f"{mean:.4f}")
             if engine.main:
                 _log(log, {"seen": seen, "loss": mean, "learning_rate": rate})
+                progress.set_postfix({"loss": f"{mean:.4f}", **status.row(seen)})
             losses.clear()
     progress.close()
     with torch.no_grad():
