@@ -95,7 +95,7 @@ def test_command(command: str, place: Path) -> None:
         assert f'running("{words[1]}", ' in (ROOT / "tests" / f"test_{words[1]}.py").read_text()
     elif "--from" in words:
         assert '"--from"' in (ROOT / "tests" / "test_drawing.py").read_text()
-    elif words[1] in ("upstream", "bench", "export", "convert", "trt", "ablate"):  # by a test of its own
+    elif words[1] in ("upstream", "bench", "export", "convert", "trt", "ablate", "ema"):  # by a test of its own
         assert any(
             f'["{words[1]}", ' in path.read_text() for path in (ROOT / "tests").rglob("test_*.py") if path.name != Path(__file__).name
         )

@@ -5,7 +5,7 @@ import re
 import resource
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from easyref.config import Optimisation
 from easyref.seeds import Order, torch_rng
 from easyref.training import status, trainer
-from easyref.training.state import remove_state
+from easyref.training.state import load_state, remove_state
 from easyref.training.trainer import Task, learning_rate, train
 from tests.processes import exit_code, start
 
@@ -270,3 +270,50 @@ def test_moments_in_8_bits_take_a_quarter_of_the_memory_and_go_on_exactly(tmp_pa
     stopped(p, state, at=80)
     again = trained(p, state)
     assert all(torch.equal(whole[n], again[n]) for n in whole)
+
+
+BROKEN = PARAMS | {"images": 64, "cooldown_images": 0, "microbatch": 4}
+
+
+def failing(loss: Callable[[Sequence[int], torch.nn.Parameter], torch.Tensor]) -> Task:
+    weight = torch.nn.Parameter(torch.ones(3))
+    made = {"weight": weight}
+
+    def describe(number: int) -> tuple[dict, dict[str, torch.Tensor]]:
+        return {"prompt": f"image {number}"}, {f"latents/{number}": torch.tensor(number)}
+
+    return Task("test", [], made, lambda numbers: loss(numbers, weight), {}, describe=describe)
+
+
+def test_a_broken_image_is_named_with_its_microbatch_and_the_state_before_is_kept(tmp_path: Path) -> None:
+    x = torch.ones(64)
+    x[45] = torch.nan
+    p, state = Optimisation(**BROKEN), tmp_path / "state.safetensors"
+    said = r"loss is not finite in the update at image 40, from images 45, which are in .*state\.broken\.json; the state before is kept"
+    for _ in range(2):  # the same command fails in the same way
+        with pytest.raises(FloatingPointError, match=said):
+            train(failing(lambda numbers, weight: (x[list(numbers)] * weight.sum()).mean()), p, state)
+        found = json.loads((tmp_path / "state.broken.json").read_text())
+        assert [(row["number"], row["prompt"]) for row in found["images"]] == [(n, f"image {n}") for n in range(44, 48)]
+        assert [isinstance(row["loss"], float) for row in found["images"]] == [True, False, True, True]
+        assert load_file(tmp_path / "state.broken.safetensors").keys() == {f"latents/{n}" for n in range(44, 48)}
+        kept = load_state(state)
+        assert kept and kept[1]["seen"] == 32 and kept[0]["weights/weight"].isfinite().all()
+    x[45] = 1.0
+    train(failing(lambda numbers, weight: (x[list(numbers)] * weight.sum()).mean()), p, state)
+    assert not list(tmp_path.glob("*broken*"))
+
+
+def test_a_gradient_or_a_held_out_loss_that_is_not_finite_saves_nothing(tmp_path: Path) -> None:
+    p, state = Optimisation(**(BROKEN | {"save_images": 8})), tmp_path / "state.safetensors"
+    with pytest.raises(FloatingPointError, match="gradient is not finite in the update at image 16, from images 16, 17, 18, 19 and 4"):
+        train(failing(lambda numbers, weight: (weight * (numbers[0] < 16)).abs().sqrt().sum()), p, state)
+    kept = load_state(state)
+    assert kept and kept[1]["seen"] == 16 and kept[0]["weights/weight"].isfinite().all()
+    state.unlink()
+    task = failing(lambda numbers, weight: weight.square().sum())
+    task.validate = lambda: {"held_out": float("inf") if state.exists() else 1.0}
+    with pytest.raises(FloatingPointError, match=r"held-out loss at image 16 is not finite: \{'held_out': inf\}; the state before"):
+        train(task, p, state)
+    kept = load_state(state)
+    assert kept and kept[1]["seen"] == 8

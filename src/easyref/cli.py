@@ -247,6 +247,18 @@ def finetune_multi(params: ParamsFile = PARAMS, allow: Allow = None) -> None:
 
 
 @app.command()
+def ema(
+    stage: Annotated[Literal["pretrain", "finetune_single", "finetune_multi"], typer.Argument(help="Trained with snapshot_images.")],
+    width: Annotated[float, typer.Option(help="Of the average, as a share of the training: .05 to .2 are usual.")],
+    out: Annotated[Path | None, typer.Option(help="Checkpoint folder; default: models/STAGE-ema-WIDTH.")] = None,
+) -> None:
+    """A checkpoint with the weights averaged over another width of the training, chosen afterwards."""
+    from easyref.training.ema import average
+
+    print(average(WORK / f"{stage}.ema", MODELS / stage, width, out or MODELS / f"{stage}-ema-{width:g}"))
+
+
+@app.command()
 def evaluate(params: ParamsFile = PARAMS) -> None:
     """Right, shuffled and no references on held-out and held-in groups → metrics and the picture that proves it."""
     from easyref.config import load_params

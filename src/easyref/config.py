@@ -298,10 +298,15 @@ class Stage(Samples):
     noise_offset: float = Field(default=0.0, ge=0)  # deviation of a constant that each channel's noise gets in training
     prediction: Literal["epsilon", "v_prediction"] | None = None  # of the UNet; null: as what the stage starts from
     zero_terminal_snr: bool | None = None  # no signal at the last timestep; null: as what the stage starts from
+    snapshot_images: NonNegativeInt = 0  # weight averages for `easyref ema` are stored every so many images, 0: none
+    sample_images: NonNegativeInt = 0  # a picture of held-out samples every so many images, 0: none
     rates: dict[Part, Annotated[float, Field(gt=0)]] = {}  # learning-rate factors by part, in the place of new_part_rate or 1
 
     @model_validator(mode="after")
-    def _schedule(self) -> Stage:
+    def _options(self) -> Stage:
+        for name in ("snapshot_images", "sample_images"):
+            if getattr(self, name) % self.batch:
+                raise ValueError(f"{name} {getattr(self, name)} is no multiple of batch {self.batch}; use one")
         if self.zero_terminal_snr and self.prediction == "epsilon":
             raise ValueError("zero_terminal_snr needs prediction v_prediction: without signal, the noise says nothing of the image")
         return self

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from easyref.config import Align, Captioning, Optimisation, Params, TextToImage
+from easyref.config import Align, Captioning, Optimisation, Params, Stage, TextToImage
 from easyref.evaluation.generations import CONDITIONS
 from easyref.evaluation.mrbench import COMPARISON
 from easyref.meter import DeviceKernels, matmul_rate, measure
@@ -34,6 +34,7 @@ from easyref.model.reference import PrefixStates
 from easyref.progress import use_threads
 from easyref.training import base
 from easyref.training.align import PARTS
+from easyref.training.ema import WIDTHS
 from easyref.training.loss import diffusion_loss, encode_batch, encode_text, to_latents
 from easyref.training.models import CHECKPOINT, DTYPES, Models, fresh_easyref
 from easyref.training.stages import STAGES, frozen_prefix, parts
@@ -238,7 +239,8 @@ def _row(
         with torch.no_grad():
             encode = measure(lambda: to_latents(vae, pixels_B3HW), "fp32").peak
     moments = 2 if p.optimizer == "adamw" else 2 / 4  # of 8 bits instead of 32
-    copies = 1 + moments + (p.ema_images > 0)  # gradient, moments, weight average: each in the dtype of its weight
+    averages = (p.ema_images > 0) + (len(WIDTHS) if isinstance(p, Stage) and p.snapshot_images else 0)
+    copies = 1 + moments + averages  # gradient, moments, weight averages: each in the dtype of its weight
     count = sum(w.numel() for w in parameters)
     optimizer = round(copies * sum(w.nbytes for w in parameters))
     return Row(

@@ -25,10 +25,12 @@ from easyref.records import read_table, sha256_file
 from easyref.training.ahead import ahead
 from easyref.training.align import align
 from easyref.training.curves import write_curves
+from easyref.training.ema import Averages
 from easyref.training.engine import Engine, whole
 from easyref.training.inputs import NULL, Inputs, Sample, Sampler, microbatches, open_store
-from easyref.training.loss import diffusion_loss
+from easyref.training.loss import diffusion_loss, noised
 from easyref.training.models import Models, load_models
+from easyref.training.samples import Pictures
 from easyref.training.state import remove_state
 from easyref.training.trainer import Task, train
 
@@ -100,6 +102,13 @@ def run_stage(
     def split(numbers: range, most: int) -> list[list[int]]:
         return [[numbers[i] for i in part] for part in microbatches([sampler(n) for n in numbers], most, inputs.size)]
 
+    def describe(number: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        s, named = sampler(number), [*images.sha256s, "null reference"]  # NULL is -1
+        latents_1Chw = inputs.latents([s])
+        _, t_1, _ = noised(models.scheduler, latents_1Chw, params.seed, [f"{name}/{number}"])
+        fact = {"target": named[s.target], "references": [named[r] for r in s.references], "prompt": s.prompt, "timestep": t_1.item()}
+        return fact, {f"latents/{number}": latents_1Chw[0]}
+
     depends: dict[str, Any] = {
         "stage": name,
         "seed": params.seed,
@@ -111,7 +120,12 @@ def run_stage(
         depends["align"] = params.align.model_dump() if params.align else None
     state = work / f"{name}.safetensors"
     read = partial(ahead, sample=sampler, load=inputs.load, workers=params.loading.workers)
-    task = Task(name, [models.encoder, models.unet], trained, loss, depends, factors, validate, True, split, read)
+    checkpoint = models.checkpoint_config(params, p, with_mllm)
+    watchers = (
+        Averages(work / f"{name}.ema", p.snapshot_images, checkpoint),
+        Pictures(work / f"{name}.samples", p.sample_images, models, validate.inputs, validate.of_kinds, params.seed),
+    )
+    task = Task(name, [models.encoder, models.unet], trained, loss, depends, factors, validate, True, split, read, watchers, describe)
     train(task, p, state, engine, allow)
     tensors = {}
     for key, tensor in weights.tensors(models.encoder, models.adapter, with_mllm).items():
@@ -120,7 +134,7 @@ def run_stage(
             tensors[key] = full.cpu()
     if not engine.main:
         return
-    weights.save(out, tensors, models.checkpoint_config(params, p, with_mllm), torch.float32)
+    weights.save(out, tensors, checkpoint, torch.float32)
     write_curves(state.with_suffix(".jsonl"), curves)
     if warm:
         write_curves(warm.with_suffix(".jsonl"), curves / "align")
@@ -172,7 +186,7 @@ class Validation:
             name: [Sample(t, r, row["prompt"]) for t, r, row in zip(targets, chosen, rows, strict=True)]
             for name, chosen in conditions.items()
         }
-
+        self.of_kinds = [(row["kind"], sample) for row, sample in zip(rows, self.samples["right"], strict=True)]
         self.inputs = replace(inputs, images=self.images, frozen_prefix=False)
 
     def __call__(self) -> dict[str, float]:

@@ -31,7 +31,7 @@ def save_state(path: Path, tensors: Mapping[str, torch.Tensor], counters: dict[s
     try:
         with atomic_path(path) as temporary:
             save_file(stored, temporary, {"easyref": json.dumps(counters)})
-            if keep > 1 and (before := _counters(path)):
+            if keep > 1 and (before := read_counters(path)):
                 path.rename(path.with_suffix(f".{before['seen']:012}.safetensors"))
     except (OSError, SafetensorError) as error:
         raise RuntimeError(
@@ -60,7 +60,7 @@ def load_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | N
     """
     files = [file for file in (path, *_earlier(path)) if file.exists()]
     for file in files:
-        if counters := _counters(file):
+        if counters := read_counters(file):
             if file != files[0]:
                 print(f"{files[0]}: not a training state that can be read; the one at image {counters['seen']} is taken")
             return load_file(file), counters
@@ -69,7 +69,7 @@ def load_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | N
     return None
 
 
-def _counters(file: Path) -> dict[str, Any] | None:
+def read_counters(file: Path) -> dict[str, Any] | None:
     """None for what is absent or torn: the header says how long a file is."""
     try:
         with safe_open(file, "pt") as opened:
@@ -81,6 +81,8 @@ def _counters(file: Path) -> dict[str, Any] | None:
 @torch.no_grad()
 def restore(live: Mapping[str, torch.Tensor], kind: str, tensors: Mapping[str, torch.Tensor]) -> None:
     """Copy the tensors `kind`/NAME into those by name."""
+    if lacking := [name for name in live if f"{kind}/{name}" not in tensors]:
+        raise ValueError(f"the training state has no {kind}/{lacking[0]}, which what is in force needs; it cannot go on with that")
     for name, tensor in live.items():
         tensor.copy_(like(tensor, tensors[f"{kind}/{name}"]))
 

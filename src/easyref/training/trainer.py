@@ -22,11 +22,28 @@ from torch import nn
 from easyref.config import Optimisation
 from easyref.progress import bar
 from easyref.records import clear_temporaries, write_bytes
-from easyref.training.engine import Engine
+from easyref.training.broken import Describe, save_broken
+from easyref.training.engine import Engine, whole
 from easyref.training.state import load_optimizer, load_state, optimizer_tensors, restore, save_state
 from easyref.training.status import COUNTS, Status
 
-FREE = ("microbatch", "save_images", "keep_states", "recompute", "compile")  # parameters that a run may go on with other values of
+#: Parameters that a run may go on with other values of.
+FREE = ("microbatch", "save_images", "keep_states", "recompute", "compile", "sample_images")
+ADVICE = "the state before is kept; lower learning_rate, or see what is odd about the images"
+
+
+class Watcher:
+    """Sees a training between its updates, on every process, and changes nothing of it."""
+
+    def begin(self, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+        """What it keeps, by name: part of the exact state."""
+        return {}
+
+    def updated(self, seen: int, batch: int) -> None:
+        """After each update."""
+
+    def pause(self, seen: int, engine: Engine) -> None:
+        """Before each update and after the last; again where a run goes on."""
 
 
 def consecutive(numbers: range, most: int) -> list[range]:
@@ -51,6 +68,8 @@ class Task:
     shard: bool = False  # whether FSDP2 may share out the modules
     split: Callable[[range, int], Sequence[Sequence[int]]] = consecutive  # an update into microbatches of at most so many images
     ahead: Callable[[Iterator[Sequence[int]]], Iterator[Sequence[int]]] = iter  # the same microbatches, when their inputs are there
+    watchers: Sequence[Watcher] = ()
+    describe: Describe | None = None  # of images whose loss is not finite
 
 
 def learning_rate(seen: int, p: Optimisation) -> float:
@@ -73,7 +92,7 @@ def train(task: Task, p: Optimisation, state_path: Path, engine: Engine | None =
 
     Raises:
         ValueError: the state was saved under other values than those in force; `allow` names those that may differ.
-        FloatingPointError: the loss is not a number.
+        FloatingPointError: loss or gradient is not finite; the images at fault are in STATE.broken.json.
     """
     engine = engine or Engine()
     task.parameters = engine.wrap(task.modules, task.parameters, task.shard)
@@ -82,11 +101,15 @@ def train(task: Task, p: Optimisation, state_path: Path, engine: Engine | None =
     optimizer = _optimizer(task, p)
     average = [w.detach().clone() for w in weights] if p.ema_images else []
     averages = {names[w]: a for w, a in zip(weights, average, strict=False)}
+    watched = {name: tensor for watcher in task.watchers for name, tensor in watcher.begin(task.parameters).items()}
     inputs = _flat({**task.inputs, **p.model_dump(mode="json", exclude=set(FREE))})
     seen, saved = 0, -1
     losses: list[float] = []  # of the updates since the last row of the log
     log = state_path.with_suffix(".jsonl")
     status = Status(state_path.with_suffix(".speed"), weights[0].device, engine.world)
+    broken = state_path.with_suffix(f".broken{f'-{engine.rank}' if engine.rank else ''}.json")
+    for file in (broken, broken.with_suffix(".safetensors")):
+        file.unlink(missing_ok=True)
     if found := load_state(state_path):
         tensors, counters = found
         _check_inputs(task.name, state_path, counters["inputs"], inputs, allow)
@@ -94,6 +117,7 @@ def train(task: Task, p: Optimisation, state_path: Path, engine: Engine | None =
         losses = counters["losses"]
         restore(task.parameters, "weights", tensors)
         restore(averages, "average", tensors)
+        restore(watched, "watched", tensors)
         load_optimizer(optimizer, names, tensors)
     engine.wait()
     if engine.main:
@@ -114,16 +138,22 @@ def train(task: Task, p: Optimisation, state_path: Path, engine: Engine | None =
     ready = task.ahead(numbers for update in updates for numbers, _ in share(update, p.microbatch, engine, task.split))
     progress = bar(p.images, task.name, initial=seen, disable=not engine.main)
     while True:
+        for watcher in task.watchers:
+            watcher.pause(seen, engine)
         last = seen >= p.images
         pause = seen != saved and (last or seen % p.save_images == 0)
         if pause and task.validate:
             row = engine.run(task.validate)
+            if not all(map(math.isfinite, row.values())):
+                progress.close()
+                raise FloatingPointError(f"{task.name}: held-out loss at image {seen} is not finite: {row}; {ADVICE}")
             engine.say(f"{task.name} at {seen}: " + " · ".join(f"{key} {value:.5f}" for key, value in row.items()))
             if engine.main:
                 _log(log, {"seen": seen, **row})
         if pause and seen:
             tensors = {f"weights/{n}": w for n, w in task.parameters.items()}
             tensors |= {f"average/{n}": a for n, a in averages.items()}
+            tensors |= {f"watched/{n}": t for n, t in watched.items()}
             tensors |= optimizer_tensors(optimizer, names)
             counters = {"seen": seen, "losses": losses, "inputs": inputs, "time": time.time()}
             save_state(state_path, tensors, counters, engine.main, p.keep_states)
@@ -135,18 +165,23 @@ def train(task: Task, p: Optimisation, state_path: Path, engine: Engine | None =
         for group in optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         parts = share(range(seen, seen + p.batch), p.microbatch, engine, task.split)
-        total = 0.0
+        values = []
         for i, (numbers, portion) in enumerate(parts):
             with status.waiting():
                 next(ready)
-            total += engine.backward(partial(_weighted, task.loss, numbers, portion), last=i == len(parts) - 1)
-        total = engine.sum(total) / engine.world
-        if not math.isfinite(total):
-            raise FloatingPointError(f"{task.name}: loss is {total} at image {seen}; lower learning_rate, the state before is kept")
-        nn.utils.clip_grad_norm_(weights, 1.0)
+            values.append(engine.backward(partial(_weighted, task.loss, numbers, portion), last=i == len(parts) - 1))
+        total = engine.sum(sum(values)) / engine.world
+        norm = whole(nn.utils.clip_grad_norm_(weights, 1.0)).item()
+        if not math.isfinite(total) or not math.isfinite(norm):
+            own = [(numbers, value) for (numbers, _), value in zip(parts, values, strict=True)]
+            alone = task.loss if engine.world == 1 else None  # several processes run a model together
+            progress.close()
+            raise FloatingPointError(f"{task.name}: {save_broken(broken, seen, own, alone, task.describe)}; {ADVICE}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seen += p.batch
+        for watcher in task.watchers:
+            watcher.updated(seen, p.batch)
         if average:
             half_life = min(p.ema_images, max(0.1 * seen, p.batch))
             torch._foreach_lerp_(average, [w.detach() for w in weights], 1 - 0.5 ** (p.batch / half_life))
