@@ -39,7 +39,7 @@ def test_bf16_rounds_the_frozen_base_and_nothing_that_is_trained(stage: str, ima
     assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
     inputs = stages.Inputs(models, images, frozen_prefix="mllm" not in stages.STAGES[stage].trains)
     samples = [stages.Sample(0, (1, 2), "farmer"), stages.Sample(3, (stages.NULL,), "")]
-    stages._loss(models, inputs, samples, 0, ["a", "b"], None).backward()
+    stages.sample_loss(models, inputs, samples, 0, ["a", "b"], None).backward()
     assert all(tensor.grad is not None and tensor.grad.isfinite().all() for tensor in trained.values())
 
 
@@ -86,7 +86,7 @@ def test_a_frozen_prefix_with_cached_vision_gives_the_tokens_of_the_whole_encode
 def gradients(models: Models, images: TrainingImages) -> dict[str, torch.Tensor]:
     trained, _ = models.trainable(stages.STAGES["finetune_multi"].trains, 1.0)
     samples = [stages.Sample(0, (1, 2), "farmer"), stages.Sample(3, (1,), "")]
-    stages._loss(models, stages.Inputs(models, images, frozen_prefix=False), samples, 0, ["a", "b"], None).backward()
+    stages.sample_loss(models, stages.Inputs(models, images, frozen_prefix=False), samples, 0, ["a", "b"], None).backward()
     found = {name: tensor.grad for name, tensor in trained.items()}
     assert all(tensor is not None for tensor in found.values())
     return {name: tensor for name, tensor in found.items() if tensor is not None}

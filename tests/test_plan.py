@@ -79,7 +79,7 @@ def test_a_real_microbatch_costs_what_is_planned(name: str, options: dict, nano:
         parameter.grad = torch.zeros_like(parameter)
     inputs.latents(samples)  # once an image: planned apart
     with Meter() as real:
-        stages._loss(models, inputs, samples, 0, [f"{name}/{i}" for i in range(4)], p.min_snr).backward()
+        stages.sample_loss(models, inputs, samples, 0, [f"{name}/{i}" for i in range(4)], p.min_snr).backward()
 
     tokens = [models.processor.num_merged_tokens(inputs.image_patches(Seen(i))) for i in samples[0].references]
     monkeypatch.setattr(plan, "_text_tokens", lambda *_: len(models.processor.text(tokens, prompts[-1])) - sum(tokens))

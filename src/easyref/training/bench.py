@@ -16,7 +16,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,8 @@ from easyref.model.reference import PrefixStates, ReferenceEncoder, _attention_m
 from easyref.progress import machine, track, use_threads
 from easyref.records import write_json
 from easyref.training import stages
-from easyref.training.ahead import ahead
-from easyref.training.inputs import NULL, Inputs, Sampler, microbatches
+from easyref.training.inputs import NULL, Inputs
 from easyref.training.loss import diffusion_loss, encode_text, to_latents
-from easyref.training.models import load_models
 from easyref.training.trainer import Task, train
 
 #: Samples at once on a GPU of the published training (method.md §4).
@@ -100,36 +98,25 @@ class Way:
     """A stage as it starts, to be trained in one way or the other."""
 
     def __init__(self, params: Params, p: Stage, name: str, models_folder: Path, images: TrainingImages) -> None:
-        self.p, self.name, self.images, self.seed = p, name, images, params.seed
         trains = stages.parts(name, p)
         self.frozen = stages.frozen_prefix(trains)
-        self.models = load_models(params, models_folder, p.lora_rank or None, p.precision, self.frozen)
+        self.models, _ = stages.start_models(params, name, models_folder, None)
         self.trained, _ = self.models.trainable(trains)
-        self.inputs = Inputs(self.models, images, self.frozen, cache_prefix=p.cache_prefix)
-        self.sampler = lru_cache(4 * p.batch)(Sampler(images, p, params.seed, name))
+        inputs = Inputs(self.models, images, self.frozen, cache_prefix=p.cache_prefix)
+        self.stream = stages.stream(params.model_copy(update={name: p}), name, self.models, inputs)
 
     def task(self) -> Task:
         """For our trainer."""
-
-        def loss(numbers: Sequence[int]) -> Tensor:
-            samples = [self.sampler(n) for n in numbers]
-            return stages._loss(self.models, self.inputs, samples, self.seed, self.keys(numbers), self.p.min_snr)
-
-        def split(numbers: range, most: int) -> list[list[int]]:
-            return [[numbers[i] for i in part] for part in microbatches([self.sampler(n) for n in numbers], most, self.inputs.size)]
-
-        read = partial(ahead, sample=self.sampler, load=self.inputs.load, workers=0)
-        modules = [self.models.encoder, self.models.unet]
-        return Task(self.name, modules, self.trained, loss, {"stage": self.name}, split=split, ahead=read)
+        return self.stream.task(self.trained, {}, workers=0)
 
     def loop(self, numbers: range, microbatch: int) -> list[float]:
         """The plain loop; losses of its updates."""
-        optimizer = torch.optim.AdamW(self.trained.values(), lr=self.p.learning_rate, weight_decay=self.p.weight_decay)
+        optimizer = torch.optim.AdamW(self.trained.values(), lr=self.stream.p.learning_rate, weight_decay=self.stream.p.weight_decay)
         losses = []
-        for update in range(numbers.start, numbers.stop, self.p.batch):
+        for update in range(numbers.start, numbers.stop, self.stream.p.batch):
             total = 0.0
-            for start in range(update, update + self.p.batch, microbatch):
-                loss = self.plain_loss(range(start, start + microbatch)) * (microbatch / self.p.batch)
+            for start in range(update, update + self.stream.p.batch, microbatch):
+                loss = self.plain_loss(range(start, start + microbatch)) * (microbatch / self.stream.p.batch)
                 loss.backward()
                 total += loss.item()
             nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
@@ -138,11 +125,8 @@ class Way:
             losses.append(total)
         return losses
 
-    def keys(self, numbers: Sequence[int]) -> list[str]:
-        return [f"{self.name}/{n}" for n in numbers]
-
     def plain_loss(self, numbers: Sequence[int]) -> Tensor:
-        m, samples = self.models, [self.sampler(n) for n in numbers]
+        m, stream, samples = self.models, self.stream, [self.stream.sample(n) for n in numbers]
         prompts = [sample.prompt for sample in samples]
         targets = [self.image(sample.target) for sample in samples]
         x_B3HW = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1 for image in targets])
@@ -158,10 +142,11 @@ class Way:
         height, width = x_B3HW.shape[2:]
         time_ids_B6 = torch.tensor([[height, width, 0, 0, height, width]] * len(samples), dtype=torch.float32)
         added = {"text_embeds": pooled_BP, "time_ids": time_ids_B6, "image_embeds": [tokens_BTX[:, None]]}
-        return diffusion_loss(m.unet, m.scheduler, latents_BChw, text_BLX, added, self.seed, self.keys(numbers), self.p.min_snr)
+        keys = [f"{stream.name}/{n}" for n in numbers]
+        return diffusion_loss(m.unet, m.scheduler, latents_BChw, text_BLX, added, stream.seed, keys, stream.p.min_snr)
 
     def image(self, item: int) -> Any:
-        return null_image() if item == NULL else self.images.store.image(self.images.sha256s[item])
+        return null_image() if item == NULL else self.stream.inputs.image(item, 0)
 
 
 def whole_last_layer(encoder: ReferenceEncoder, prefix: PrefixStates) -> Tensor:

@@ -86,7 +86,9 @@ class Averages(Watcher):
             remove_folder(self.folder)
         if seen and self.every and seen % self.every == 0:
             about = {"seen": seen, "config": self.config.model_dump(mode="json")}
-            save_state(self.folder / f"{seen:012}.safetensors", self.kept, about, engine.main, keep=1)
+            gathered = engine.gather(self.kept)
+            if engine.main:
+                save_state(self.folder / f"{seen:012}.safetensors", gathered, about)
 
 
 def average(folder: Path, checkpoint: Path, width: float, out: Path) -> str:

@@ -9,7 +9,7 @@ frozen every process has whole: where encodings are kept, one may have nothing t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -96,6 +96,15 @@ class Engine:
         for module in self.step.modules():
             if hasattr(module, "reshard"):
                 module.reshard()
+
+    def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All of each in main memory, on the main process; on the others none."""
+        gathered = {}
+        for name, tensor in tensors.items():
+            full = whole(tensor)
+            if self.main:
+                gathered[name] = full.detach().cpu().contiguous()
+        return gathered
 
     def sum(self, value: float) -> float:
         """Over all processes."""

@@ -6,7 +6,7 @@ Letters: B batch · L text tokens · T reference tokens · X cross-attention wid
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -14,19 +14,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from easyref.config import Params, Stage
 from easyref.data.dataset import TrainingImages
 from easyref.data.frames import Framing
 from easyref.model import weights
 from easyref.model.schedule import Schedule
+from easyref.model.weights import CheckpointConfig
 from easyref.progress import use_threads
 from easyref.records import read_table, sha256_file
 from easyref.training.ahead import ahead
 from easyref.training.align import align
 from easyref.training.curves import write_curves
 from easyref.training.ema import Averages
-from easyref.training.engine import Engine, whole
+from easyref.training.engine import Engine
 from easyref.training.inputs import NULL, Inputs, Sample, Sampler, microbatches, open_store
 from easyref.training.loss import diffusion_loss, noised
 from easyref.training.models import Models, load_models
@@ -58,6 +60,43 @@ def frozen_prefix(trains: Collection[str]) -> bool:
     return not {"vision", "mllm"} & set(trains)
 
 
+@dataclass(frozen=True)
+class Stream:
+    """The samples of a stage by image number, and what the trainer asks of them."""
+
+    name: str
+    p: Stage
+    seed: int
+    models: Models
+    inputs: Inputs
+    sample: Callable[[int], Sample]
+
+    def loss(self, numbers: Sequence[int]) -> torch.Tensor:
+        samples, keys = [self.sample(n) for n in numbers], [f"{self.name}/{n}" for n in numbers]
+        return sample_loss(self.models, self.inputs, samples, self.seed, keys, self.p.min_snr, self.p.noise_offset)
+
+    def split(self, numbers: range, most: int) -> list[list[int]]:
+        return [[numbers[i] for i in part] for part in microbatches([self.sample(n) for n in numbers], most, self.inputs.size)]
+
+    def describe(self, number: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        s, named = self.sample(number), [*self.inputs.images.sha256s, "null reference"]  # NULL is -1
+        latents_1Chw = self.inputs.latents([s])
+        _, t_1, _ = noised(self.models.scheduler, latents_1Chw, self.seed, [f"{self.name}/{number}"])
+        fact = {"target": named[s.target], "references": [named[r] for r in s.references], "prompt": s.prompt, "timestep": t_1.item()}
+        return fact, {f"latents/{number}": latents_1Chw[0]}
+
+    def task(self, parameters: dict[str, nn.Parameter], depends: dict[str, Any], workers: int, **more: Any) -> Task:
+        read = partial(ahead, sample=self.sample, load=self.inputs.load, workers=workers)
+        modules = [self.models.encoder, self.models.unet]
+        return Task(self.name, modules, parameters, self.loss, depends, split=self.split, ahead=read, describe=self.describe, **more)
+
+
+def stream(params: Params, name: str, models: Models, inputs: Inputs) -> Stream:
+    p = getattr(params, name)
+    sample = lru_cache(4 * p.batch)(Sampler(inputs.images, p, params.seed, name))
+    return Stream(name, p, params.seed, models, inputs, sample)
+
+
 def run_stage(
     params: Params, name: str, data: Path, models_folder: Path, out: Path, curves: Path, work: Path, starts_from: str | None,
     allow: Collection[str] = (),
@@ -67,71 +106,37 @@ def run_stage(
     that the next call trains again. `allow`: values that may differ from those a state was saved under."""
     p = getattr(params, name)
     trains = parts(name, p)
-    frozen = frozen_prefix(trains)
     hardware = use_threads(params.threads)
-    models = load_models(params, models_folder, p.lora_rank or None, p.precision, frozen)
+    models, checkpoint = start_models(params, name, models_folder, models_folder / starts_from if starts_from else None)
     engine = Engine(models.accelerator)
     engine.say(hardware)
-    with_mllm = not frozen
-    schedule = Schedule(prediction=p.prediction, zero_terminal_snr=p.zero_terminal_snr)
-    if starts_from:
-        before = weights.load(models_folder / starts_from, models.encoder, models.adapter, fresh_lora=True)
-        with_mllm |= before.has_mllm
-        schedule = schedule.over(before.schedule)
-    models.use(schedule)
-    models.recompute(p.recompute)
-    if p.compile:
-        models.compile()
     images = TrainingImages(data)
     start = sha256_file(models_folder / starts_from / weights.WEIGHTS) if starts_from else models.base_hash
-    mllm = None if not frozen else start if with_mllm else models.base_hash  # whose states may be kept
+    frozen = frozen_prefix(trains)
+    mllm = None if not frozen else start if checkpoint.has_mllm else models.base_hash  # whose states may be kept
     store = open_store(params.loading, models, [p.precision, p.compile], mllm, models_folder / "base", work)
     inputs = Inputs(models, images, frozen, store, _framing(p, images, models), p.cache_prefix)
-    sampler = lru_cache(4 * p.batch)(Sampler(images, p, params.seed, name))
     validate = Validation(params, inputs, data)
     warm = work / "align.safetensors" if params.align and not starts_from else None
     if warm:
         align(params, inputs, validate.inputs, warm, engine, allow)
     trained, factors = models.trainable(trains, p.new_part_rate, p.rates)
     engine.say(f"{name}: trains {sum(t.numel() for t in trained.values()):,} parameters of {', '.join(trains)}")
-
-    def loss(numbers: Sequence[int]) -> torch.Tensor:
-        samples = [sampler(n) for n in numbers]
-        return _loss(models, inputs, samples, params.seed, [f"{name}/{n}" for n in numbers], p.min_snr, p.noise_offset)
-
-    def split(numbers: range, most: int) -> list[list[int]]:
-        return [[numbers[i] for i in part] for part in microbatches([sampler(n) for n in numbers], most, inputs.size)]
-
-    def describe(number: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        s, named = sampler(number), [*images.sha256s, "null reference"]  # NULL is -1
-        latents_1Chw = inputs.latents([s])
-        _, t_1, _ = noised(models.scheduler, latents_1Chw, params.seed, [f"{name}/{number}"])
-        fact = {"target": named[s.target], "references": [named[r] for r in s.references], "prompt": s.prompt, "timestep": t_1.item()}
-        return fact, {f"latents/{number}": latents_1Chw[0]}
-
     depends: dict[str, Any] = {
-        "stage": name,
-        "seed": params.seed,
-        "images": images.content,
-        "start": start,
+        "stage": name, "seed": params.seed, "images": images.content, "start": start,
         "reference": params.reference.model_dump(exclude_defaults=True),
-    }
+    }  # fmt: skip
     if not starts_from:
         depends["align"] = params.align.model_dump() if params.align else None
-    state = work / f"{name}.safetensors"
-    read = partial(ahead, sample=sampler, load=inputs.load, workers=params.loading.workers)
-    checkpoint = models.checkpoint_config(params, p, with_mllm)
     watchers = (
         Averages(work / f"{name}.ema", p.snapshot_images, checkpoint),
         Pictures(work / f"{name}.samples", p.sample_images, models, validate.inputs, validate.of_kinds, params.seed),
     )
-    task = Task(name, [models.encoder, models.unet], trained, loss, depends, factors, validate, True, split, read, watchers, describe)
+    more: dict[str, Any] = {"factors": factors, "validate": validate, "shard": True, "watchers": watchers}
+    state = work / f"{name}.safetensors"
+    task = stream(params, name, models, inputs).task(trained, depends, params.loading.workers, **more)
     train(task, p, state, engine, allow)
-    tensors = {}
-    for key, tensor in weights.tensors(models.encoder, models.adapter, with_mllm).items():
-        full = whole(tensor)
-        if engine.main:
-            tensors[key] = full.cpu()
+    tensors = engine.gather(weights.tensors(models.encoder, models.adapter, checkpoint.has_mllm))
     if not engine.main:
         return
     weights.save(out, tensors, checkpoint, torch.float32)
@@ -140,6 +145,24 @@ def run_stage(
         write_curves(warm.with_suffix(".jsonl"), curves / "align")
         remove_state(warm)
     remove_state(state)
+
+
+def start_models(params: Params, name: str, models_folder: Path, before: Path | None) -> tuple[Models, CheckpointConfig]:
+    """The models as the stage starts with them, from the checkpoint `before`, and the config of the one that it will write."""
+    p = getattr(params, name)
+    frozen = frozen_prefix(parts(name, p))
+    models = load_models(params, models_folder, p.lora_rank or None, p.precision, frozen)
+    with_mllm = not frozen
+    schedule = Schedule(prediction=p.prediction, zero_terminal_snr=p.zero_terminal_snr)
+    if before:
+        config = weights.load(before, models.encoder, models.adapter, fresh_lora=True)
+        with_mllm |= config.has_mllm
+        schedule = schedule.over(config.schedule)
+    models.use(schedule)
+    models.recompute(p.recompute)
+    if p.compile:
+        models.compile()
+    return models, models.checkpoint_config(params, p, with_mllm)
 
 
 def _framing(p: Stage, images: TrainingImages, models: Models) -> Framing:
@@ -152,7 +175,7 @@ def _framing(p: Stage, images: TrainingImages, models: Models) -> Framing:
     return Framing(side, vae * unet * max(1, side // (16 * vae * unet)))
 
 
-def _loss(
+def sample_loss(
     models: Models, inputs: Inputs, samples: list[Sample], seed: int, numbers: list[str], min_snr: float | None = None,
     noise_offset: float = 0.0,
 ) -> torch.Tensor:  # fmt: skip
@@ -196,7 +219,7 @@ class Validation:
             for part in microbatches(samples, 32, self.inputs.size, by_references=False):
                 chosen, numbers = [samples[i] for i in part], [f"validation/{i}" for i in part]
                 with torch.no_grad():
-                    losses.append(_loss(self.models, self.inputs, chosen, self.params.seed, numbers).item() * len(part))
+                    losses.append(sample_loss(self.models, self.inputs, chosen, self.params.seed, numbers).item() * len(part))
             result[f"held_out_{name}"] = sum(losses) / len(samples)
         return result
 

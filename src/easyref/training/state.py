@@ -16,21 +16,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from easyref.records import atomic_path
-from easyref.training.engine import like, whole
+from easyref.training.engine import like
 
 
-def save_state(path: Path, tensors: Mapping[str, torch.Tensor], counters: dict[str, Any], write: bool, keep: int) -> None:
-    """Every process gives its shares, the one with `write` writes. The `keep` - 1 states before this one stay beside it."""
-    stored = {}
-    for name, tensor in tensors.items():
-        full = whole(tensor)
-        if write:
-            stored[name] = full.detach().cpu().contiguous()
-    if not write:
-        return
+def save_state(path: Path, tensors: Mapping[str, torch.Tensor], counters: dict[str, Any], keep: int = 1) -> None:
+    """The `keep` - 1 states before this one stay beside it. `tensors`: whole, in main memory (`Engine.gather`)."""
     try:
         with atomic_path(path) as temporary:
-            save_file(stored, temporary, {"easyref": json.dumps(counters)})
+            save_file(dict(tensors), temporary, {"easyref": json.dumps(counters)})
             if keep > 1 and (before := read_counters(path)):
                 path.rename(path.with_suffix(f".{before['seen']:012}.safetensors"))
     except (OSError, SafetensorError) as error:

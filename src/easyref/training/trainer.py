@@ -156,7 +156,9 @@ def train(task: Task, p: Optimisation, state_path: Path, engine: Engine | None =
             tensors |= {f"watched/{n}": t for n, t in watched.items()}
             tensors |= optimizer_tensors(optimizer, names)
             counters = {"seen": seen, "losses": losses, "inputs": inputs, "time": time.time()}
-            save_state(state_path, tensors, counters, engine.main, p.keep_states)
+            gathered = engine.gather(tensors)
+            if engine.main:
+                save_state(state_path, gathered, counters, p.keep_states)
         if last:
             break
         # -- single training step -----------------------------------------------------------------------------
