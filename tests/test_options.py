@@ -15,17 +15,24 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from typer.testing import CliRunner
 
 from easyref import cli
-from easyref.evaluation.grid import LARGE, MARGIN
+from easyref.config import load_params
+from easyref.data.dataset import TrainingImages
+from easyref.data.shards import ImageStore
+from easyref.evaluation.grid import KIND, GridRow, draw_grid
 from easyref.model import weights
 from easyref.model.schedule import Schedule
 from easyref.pipeline import EasyRef, Request
 from easyref.records import read_table
+from easyref.seeds import seed_of
 from easyref.training.ema import WIDTHS
-from tests.processes import exit_code, start
+from easyref.training.inputs import Inputs
+from easyref.training.models import load_models
+from easyref.training.stages import Validation, sample_loss
+from tests.processes import exit_code, start, start_together
 from tests.projects import tiny_project
 
 
@@ -50,7 +57,7 @@ def easyref(place: Path, stage: str, options: dict[str, Any]) -> None:
 
 OPTIONS: dict[str, Any] = {
     "min_snr": 5.0, "noise_offset": 0.1, "rates": {"projector": 2.0}, "prediction": "epsilon", "zero_terminal_snr": False,
-    "images": 12, "snapshot_images": 4, "sample_images": 8,
+    "images": 12, "ema_images": 0, "snapshot_images": 4, "sample_images": 12,
 }  # fmt: skip
 STAGE = "pretrain"
 
@@ -71,22 +78,80 @@ def whole(place: Path) -> dict[str, bytes]:
     clean(place)
     easyref(place, STAGE, OPTIONS)
     found = results(place)
-    work = {f".work/{STAGE}.ema/{n:012}.safetensors" for n in (4, 8, 12)} | {f".work/{STAGE}.samples/{n:012}.png" for n in (0, 8)}
+    work = {f".work/{STAGE}.ema/{n:012}.safetensors" for n in (4, 8, 12)} | {f".work/{STAGE}.samples/{n:012}.png" for n in (0, 12)}
     assert found.keys() == work | {f".work/{STAGE}.jsonl"} | {f"models/{STAGE}/{name}" for name in ("config.json", weights.WEIGHTS)}
     return found
 
 
-def test_pictures_show_the_held_out_samples_and_change_with_the_weights(whole: dict[str, bytes]) -> None:
-    first, later = (Image.open(BytesIO(whole[f".work/{STAGE}.samples/{n:012}.png"])) for n in (0, 8))
-    assert first.size == later.size and first.width < 800
-    differs = np.argwhere(np.any(np.asarray(first) != np.asarray(later), axis=2))
-    assert len(differs) and differs[:, 1].min() >= first.width - MARGIN - LARGE  # only in the last column, "Drawn now"
+@pytest.fixture
+def trained(place: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the folder of the project, as the stage left it."""
+    monkeypatch.chdir(place)
+    clean(place)
+    for name, data in whole.items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(data)
+
+
+@pytest.mark.usefixtures("trained")
+def test_the_last_picture_shows_what_the_checkpoint_draws_of_held_out_samples() -> None:
+    table, store = (
+        read_table("data/split/samples.parquet").filter(split="held_out").sort("kind", "sample_id"),
+        ImageStore(Path("data/images")),
+    )
+    model, rows, i = EasyRef.from_pretrained(f"models/{STAGE}"), [], 0
+    for kind in table["kind"].unique(maintain_order=True):
+        for row in table.filter(kind=kind).head(2).iter_rows(named=True):
+            target, *references = (store.image(sha) for sha in (row["target"], *row["references"]))
+            drawn = model([Request(row["prompt"], references, seed_of(0, "pictures", i))], steps=20, guidance=5.0)
+            rows.append(GridRow(KIND[kind], row["prompt"], references, target, drawn))
+            i += 1
+    expected = np.asarray(draw_grid(rows, ("Drawn now",)), int)
+    first, last = (np.asarray(Image.open(f".work/{STAGE}.samples/{n:012}.png"), int) for n in (0, 12))
+    assert np.abs(last - expected).max() <= 2
+    assert np.abs(first - expected).max() > 20
+
+
+@pytest.mark.usefixtures("trained")
+def test_the_held_out_loss_is_the_mean_of_its_samples_alone_and_the_same_each_time() -> None:
+    """At noise and timesteps of its own, whatever the batch: that of the log is of the checkpoint's weights."""
+    params = load_params("with.yaml")
+    models = load_models(params, Path("models"), None, "fp32")
+    models.use(weights.load(Path("models") / STAGE, models.encoder, models.adapter).schedule)
+    validate = Validation(params, Inputs(models, TrainingImages(Path("data")), True), Path("data"))
+    found = validate()
+    assert found == validate()
+    logged = [json.loads(row) for row in Path(f".work/{STAGE}.jsonl").read_text().splitlines()]
+    assert found == pytest.approx({key: value for key, value in logged[-1].items() if key != "seen"}, rel=1e-6)
+    for name, samples in validate.samples.items():
+        with torch.no_grad():
+            alone = [sample_loss(models, validate.inputs, [s], 0, [f"validation/{i}"]).item() for i, s in enumerate(samples)]
+        assert found[f"held_out_{name}"] == pytest.approx(np.mean(alone), rel=1e-5)
 
 
 def test_pictures_and_averages_change_no_bit_of_the_training(place: Path, whole: dict[str, bytes]) -> None:
     easyref(place, STAGE, OPTIONS | {"sample_images": 0, "snapshot_images": 0})
     kept = {name for name in whole if ".ema/" not in name and ".samples/" not in name}
     assert results(place) == {name: whole[name] for name in kept}  # those of the training before are gone
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("shard", [None, "true"])
+def test_two_processes_leave_the_same_averages_and_pictures(place: Path, whole: dict[str, bytes], shard: str | None) -> None:
+    """With a copy of the weights each, and with a share of them each."""
+    clean(place)
+    for process in start_together(easyref, place, STAGE, OPTIONS, shard=shard):
+        assert exit_code(process) == 0
+    found = results(place)
+    assert found.keys() == whole.keys()
+    for name in found:
+        if name.endswith(".png"):
+            ours, theirs = (np.asarray(Image.open(BytesIO(data)), int) for data in (found[name], whole[name]))
+            assert np.abs(ours - theirs).mean() < 0.05
+        elif ".ema/" in name:
+            one, two = load(whole[name]), load(found[name])
+            assert one.keys() == two.keys()
+            assert max((one[n] - two[n]).abs().mean().item() for n in one) < 3 * 3e-4 / 100  # three steps of AdamW
 
 
 def test_killed_beside_a_snapshot_and_started_again_leaves_the_same_bytes(place: Path, whole: dict[str, bytes]) -> None:
@@ -99,16 +164,6 @@ def test_killed_beside_a_snapshot_and_started_again_leaves_the_same_bytes(place:
         assert exit_code(process) == -signal.SIGKILL
     easyref(place, STAGE, OPTIONS)
     assert results(place) == whole
-
-
-@pytest.fixture
-def trained(place: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the folder of the project, as the stage left it."""
-    monkeypatch.chdir(place)
-    clean(place)
-    for name, data in whole.items():
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
-        Path(name).write_bytes(data)
 
 
 @pytest.mark.usefixtures("trained")

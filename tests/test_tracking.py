@@ -59,6 +59,9 @@ def test_a_run_has_every_row_of_its_logs_and_a_dead_server_hurts_nothing(project
     (project / ".work" / "align.jsonl").write_text(rows(9))  # of a run before
     with StageRun(project, "pretrain", said.append, "flow 7") as run:
         run.begin()
+        (project / ".work" / "pretrain.samples").mkdir()
+        for seen in (0, 1600):
+            Image.new("RGB", (8, 8)).save(project / ".work" / "pretrain.samples" / f"{seen:012}.png")
         log.write_text(rows(3))
         wait(lambda: bool(said))
         alive[0] = True
@@ -70,6 +73,7 @@ def test_a_run_has_every_row_of_its_logs_and_a_dead_server_hurts_nothing(project
     assert [(m.step, m.value) for m in history] == [(16 * i, 1 / (i + 1)) for i in range(1500)]
     found = client.get_run(run.run_id)
     assert "align.loss" not in found.data.metrics
+    assert [file.path for file in client.list_artifacts(run.run_id)] == ["000000000000.png", "000000001600.png"]
     assert found.data.metrics[MEMORY] > 0
     assert found.data.params["pretrain.batch"] == "16" and found.info.status == "FINISHED"
     assert found.data.tags["preset"] == "nano" and found.data.tags["flow_run"] == "flow 7"

@@ -41,7 +41,7 @@ def connect(project: Path) -> Any:
 
 @dataclass(frozen=True)
 class Watched:
-    """What a stage leaves: logs that grow while it runs (by prefix of their metrics; a glob), and files at its end."""
+    """What a stage leaves: logs that grow while it runs (by prefix of their metrics; a glob), and files at its end (globs)."""
 
     logs: dict[str, str]
     files: tuple[str, ...] = ()
@@ -49,7 +49,7 @@ class Watched:
 
 
 def trained(stage: str, **more: str) -> Watched:
-    return Watched({"": f".work/{stage}.jsonl", **more})
+    return Watched({"": f".work/{stage}.jsonl", **more}, (f".work/{stage}.samples/*.png",))
 
 
 WATCHED = {
@@ -159,8 +159,8 @@ class StageRun:
         if status == "FINISHED":
             if watched.figures:
                 self._log([(name, value, 0) for name, value in figures(read_json(self.project / watched.figures)).items()])
-            for name in watched.files:
-                self._client.log_artifact(self.run_id, str(self.project / name))
+            for path in [path for pattern in watched.files for path in sorted(self.project.glob(pattern))]:
+                self._client.log_artifact(self.run_id, str(path))
         self._monitor.finish()
         self._client.set_terminated(self.run_id, status)
 

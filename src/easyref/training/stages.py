@@ -130,7 +130,7 @@ def run_stage(
         depends["align"] = params.align.model_dump() if params.align else None
     watchers = (
         Averages(work / f"{name}.ema", p.snapshot_images, checkpoint),
-        Pictures(work / f"{name}.samples", p.sample_images, models, validate.inputs, validate.of_kinds, params.seed),
+        Pictures(work / f"{name}.samples", p.sample_images, validate.inputs, validate.of_kinds, params.seed),
     )
     more: dict[str, Any] = {"factors": factors, "validate": validate, "shard": True, "watchers": watchers}
     state = work / f"{name}.safetensors"
