@@ -20,7 +20,7 @@ def tiny_project(place: Path) -> Path:
     """Every 160th concept of the real images, split anew, the shipped base models, and parameters that train in seconds."""
     values = yaml.safe_load(Path("presets/nano.yaml").read_text())
     values["threads"] = 1
-    values["loading"] = {"workers": 2, "memory_gib": 0.05, "disk_gib": 0.05}
+    values["loading"] = {"workers": 2, "memory_gib": 0.05, "disk_gib": 0.05, "folder": ".work"}
     values["split"] |= {"held_out_groups": 1, "held_in_groups": 1, "samples_per_group": 1, "max_references": 2, "held_out_share": 0.2}
     values["align"] |= TINY
     for name in STAGES:

@@ -13,14 +13,18 @@ ORDER: list[Sequence[int]] = [range(start, start + 3) for start in range(0, 60, 
 
 @pytest.mark.parametrize("workers", [0, 1, 4])
 def test_each_microbatch_comes_when_its_samples_are_loaded(workers: int) -> None:
-    loaded: set[str] = set()
+    asked, loaded = list[int](), set[int]()
     seen = []
-    for numbers in ahead(iter(ORDER), str, lambda sample: (time.sleep(0.001), loaded.add(sample)), workers):
-        assert {str(number) for number in numbers} <= loaded
-        most = numbers[-1] + 1 + (max(AHEAD * 3, AHEAD * workers + 3) if workers else 0)
-        assert len(loaded) <= most
+
+    def sample(number: int) -> int:
+        asked.append(number)
+        return number
+
+    for numbers in ahead(iter(ORDER), sample, lambda number: (time.sleep(0.001), loaded.add(number)), workers):
+        assert set(numbers) <= loaded
+        assert len(asked) <= numbers[-1] + 1 + (max(AHEAD * 3, AHEAD * workers + 3) if workers else 0)
         seen.append(numbers)
-    assert seen == ORDER and loaded == {str(number) for number in range(60)}
+    assert seen == ORDER and loaded == set(range(60)) and asked == [*range(60)]
 
 
 def test_the_next_ones_are_loaded_while_one_is_used() -> None:

@@ -23,7 +23,7 @@ from easyref.images import to_png
 from easyref.records import IMAGE_COLUMNS, write_table
 from easyref.training.ahead import ahead
 from easyref.training.align import seen_labels
-from easyref.training.inputs import NULL, Inputs, Sample, Sampler, Seen, microbatches
+from easyref.training.inputs import NULL, Inputs, Sample, Sampler, Seen, microbatches, open_store
 from easyref.training.models import load_models
 from easyref.training.stages import STAGES, _loss
 from easyref.training.store import Disk, Store
@@ -235,6 +235,28 @@ def test_kept_encodings_give_the_same_bits_without_running_a_model(
     for others in (whole, batched):
         for a, b in zip(others, one, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_encodings_of_other_models_precision_or_tokenizers_are_not_found(params: Params, tmp_path: Path) -> None:
+    models = load_models(params, Path("models"), None, "fp32")
+    base = tmp_path / "base"
+    shutil.copytree("models/base", base, ignore=shutil.ignore_patterns("*.safetensors"))
+    loading = params.loading.model_copy(update={"disk_gib": 0.1, "folder": str(tmp_path / "kept")})
+
+    def kinds_found(kept: Store) -> set[str]:
+        return {kind for kind in ("latents", "text", "vision", "prefix", "pixels") if kept.find(kind, "key")}
+
+    def opened(how: str = "fp32", frozen: str | None = "mllm", **changed: Any) -> set[str]:
+        return kinds_found(open_store(loading, replace(models, **changed), [how], frozen, base))
+
+    first = open_store(loading, models, ["fp32"], "mllm", base)
+    for kind in ("latents", "text", "vision", "prefix", "pixels"):
+        first.get(lambda: {"x": torch.ones(3)}, kind, "key")
+    assert opened() == {"latents", "text", "vision", "prefix"}
+    assert opened(frozen="other") == opened(frozen=None) == {"latents", "text"}  # another MLLM, or one that trains
+    assert not opened("bf16") and not opened(base_hash="other")
+    (base / "diffusion" / "tokenizer" / "tokenizer_config.json").write_text("{}")
+    assert not opened()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -96,7 +96,7 @@ def test_killed_at_random_and_started_again_leaves_the_same_bytes(place: Path) -
     """The same bytes also with inputs read ahead and encodings on disk (as all runs here) as without."""
     assert exit_code(start(easyref, place, "finetune_single")) == 0
     ahead = (place / "params.yaml").read_text()
-    plain = yaml.safe_load(ahead) | {"loading": {"workers": 0, "memory_gib": 1.0, "disk_gib": 0.0}}
+    plain = yaml.safe_load(ahead) | {"loading": {"workers": 0, "memory_gib": 1.0, "disk_gib": 0.0, "folder": ".work"}}
     (place / "params.yaml").write_text(yaml.safe_dump(plain))
     expected, seconds = whole(place, "finetune_multi")
     (place / "params.yaml").write_text(ahead)

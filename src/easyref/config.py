@@ -317,7 +317,8 @@ class Loading(Section):
 
     workers: NonNegativeInt  # threads that read and decode ahead of the model, 0: none
     memory_gib: float = Field(gt=0)  # for encodings and images, of a process
-    disk_gib: float = Field(ge=0)  # for encodings of later runs, in .work/encodings.sqlite, which must be on a local disk; 0: none
+    disk_gib: float = Field(ge=0)  # for encodings of later runs, 0: none
+    folder: str  # where; on a disk of this machine, also if several share the project
 
 
 class Evaluate(Section):

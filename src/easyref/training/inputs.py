@@ -167,7 +167,7 @@ class Inputs:
         return [sample.prompt, *map(self._key, self.references(sample))]
 
     def _pixels(self, seen: Seen) -> Encoding:
-        return {"pixels_3HW": torch.from_numpy(np.array(self._picture(seen))).permute(2, 0, 1)}
+        return {"pixels_3HW": torch.from_numpy(np.array(self._picture(seen))).permute(2, 0, 1).contiguous()}
 
     def _patches(self, seen: Seen) -> Encoding:
         return vars(self.models.processor.image(self._picture(seen)))
@@ -240,7 +240,7 @@ class Inputs:
         return tensor.to(self.models.device, non_blocking=True)
 
 
-def open_store(loading: Loading, models: Models, how: list[Any], frozen: str | None, base: Path, work: Path) -> Store:
+def open_store(loading: Loading, models: Models, how: list[Any], frozen: str | None, base: Path) -> Store:
     """The store of a stage; on disk, encodings of the `base` models (a folder), and of the MLLM if it does not train: `frozen` is then
     the hash of its weights. `how` the models compute."""
     disk = None
@@ -251,7 +251,7 @@ def open_store(loading: Loading, models: Models, how: list[Any], frozen: str | N
         abouts = dict.fromkeys(("latents", "text"), sha256_json(fixed))
         if frozen:
             abouts |= dict.fromkeys(("vision", "prefix"), sha256_json([fixed, frozen, models.encoder.config.model_dump()]))
-        disk = Disk(work / "encodings.sqlite", int(loading.disk_gib * 2**30), abouts)
+        disk = Disk(Path(loading.folder) / "encodings.sqlite", int(loading.disk_gib * 2**30), abouts)
     return Store(int(loading.memory_gib * 2**30), disk, models.device)
 
 

@@ -114,7 +114,7 @@ def run_stage(
     start = sha256_file(models_folder / starts_from / weights.WEIGHTS) if starts_from else models.base_hash
     frozen = frozen_prefix(trains)
     mllm = None if not frozen else start if checkpoint.has_mllm else models.base_hash  # whose states may be kept
-    store = open_store(params.loading, models, [p.precision, p.compile], mllm, models_folder / "base", work)
+    store = open_store(params.loading, models, [p.precision, p.compile], mllm, models_folder / "base")
     inputs = Inputs(models, images, frozen, store, _framing(p, images, models), p.cache_prefix)
     validate = Validation(params, inputs, data)
     warm = work / "align.safetensors" if params.align and not starts_from else None
