@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from easyref.cli import app
 from easyref.data.shards import ImageStore
-from easyref.drawing import PNG_KEY, Artist, Reference, Settings, Wish
+from easyref.drawing import PNG_KEY, Artist, Reference, Settings, Wish, parse_scale
 from easyref.images import ImageError
 from easyref.records import sha256_file
 from easyref.seeds import numpy_rng
@@ -52,7 +52,7 @@ def test_a_picture_says_how_it_was_made(artist: Artist, references: list[Path]) 
     first, second = artist.draw(WISH, used, [7, 9], steps.append)
     settings = Settings.read(second)
     assert settings and steps == [1, 2, 3]
-    assert {name: getattr(settings, name) for name in Wish.model_fields} == WISH.model_dump()
+    assert {name: getattr(settings, name) for name in Wish.model_fields} == WISH.model_dump() | {"width": 64, "height": 64}
     assert (settings.seed, settings.batch, settings.width, settings.height) == (9, [7, 9], 64, 64)
     assert [(r.name, r.sha256, r.weight) for r in settings.references] == [
         ("a.png", sha256_file(references[0]), 2.0), ("b.png", sha256_file(references[1]), 1.0)
@@ -94,6 +94,60 @@ def test_generate_from_a_picture_draws_the_same_bits(tmp_path: Path, references:
     generate("--from", str(made), *files, "--prompt", "star", "--seed", "5", "--out", str(tmp_path / "three"))
     third = Settings.read(tmp_path / "three" / "5.png")
     assert third and (third.prompt, third.scale, third.batch, third.references[0].weight) == ("star", 1.25, [5], 2.0)
+
+
+def test_every_control_changes_the_picture_and_is_drawn_again(
+    artist: Artist, tmp_path: Path, references: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Negative references, size, scale by block and window: each does something, stands in the picture, and comes out of it again."""
+    used, against = [Reference.read(references[0])], Reference.read(references[1], negative=True)
+    controls = {"scale": {"up_blocks": 1.5, "mid_block": 0.5}, "window": (0.0, 0.5), "width": 96, "height": 56}
+    alone: list[tuple[dict, list[Reference]]] = [({}, used), ({}, [*used, against]), *(({k: v}, used) for k, v in controls.items())]
+    drawn = {Image.open(io.BytesIO(artist.draw(Wish.of(steps=4, **given), some, [0])[0])).tobytes() for given, some in alone}
+    words = ["--scale", "up_blocks=1.5,mid_block=0.5", "--window", "0", "0.5", "--width", "96", "--height", "56", "--steps", "4"]
+    made, again = tmp_path / "made" / "0.png", tmp_path / "again" / "0.png"
+    generate("--ref", str(references[0]), "--negative-ref", str(references[1]), *words, "--out", str(made.parent))
+    (together,) = artist.draw(Wish.of(steps=4, **controls), [*used, against], [0])
+    assert made.read_bytes() == together and Image.open(made).size == (96, 56)
+    assert len({*drawn, Image.open(made).tobytes()}) == len(alone) + 1
+    settings = Settings.read(made)
+    assert settings and {name: getattr(settings, name) for name in controls} == controls
+    assert [(one.name, one.negative) for one in settings.references] == [("a.png", False), ("b.png", True)]
+
+    monkeypatch.chdir(references[0].parent)
+    generate("--from", str(made), "--out", str(again.parent))
+    assert again.read_bytes() == together
+
+
+def test_a_picture_of_before_the_controls_is_still_read(artist: Artist, references: list[Path]) -> None:
+    made = Settings.read(artist.draw(WISH, [Reference.read(references[0])], [0])[0])
+    assert made
+    old = made.model_dump(exclude={"window": True, "references": {0: {"negative"}}})
+    assert "window" not in old and "negative" not in old["references"][0] and Settings.model_validate(old) == made
+
+
+def test_controls_out_of_bounds_are_one_line(artist: Artist, references: list[Path]) -> None:
+    used, against = Reference.read(references[0]), Reference.read(references[1], negative=True)
+    for given, message in (
+        ({"scale": {"up_blocks.7": 1.0}}, "no cross-attention starts with 'up_blocks.7'; names are like 'down_blocks.0."),
+        ({"scale": 11}, "scale: give a number from 0 to 10"),
+        ({"scale": {"mid_block": float("nan")}}, "scale: give a number from 0 to 10"),
+        ({"scale": {"mid_block": "much"}}, "scale.mid_block: Input should be a valid number"),
+        ({"scale": {}}, "scale: give a number from 0 to 10"),
+        ({"window": (0.6, 0.5)}, "window (0.6, 0.5): ends before it starts"),
+        ({"window": (0, 1.5)}, "window.1: Input should be less than or equal to 1"),
+        ({"width": 60}, "width 60: give a multiple of 8 from 32 to 128"),
+        ({"height": 136}, "height 136: give a multiple of 8 from 32 to 128"),
+        ({"guidance": 1}, "negative references do nothing at guidance 1"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)) as failure:
+            artist.check(Wish.of(**given), [used, against])
+        assert len(str(failure.value).splitlines()) == 1
+    with pytest.raises(ValueError, match="33 negative references, the model takes at most"):
+        artist.check(WISH, [used, *[against] * 33])
+    for text in ("strong", "up_blocks=", "up_blocks=1,", "up_blocks=1=2"):
+        with pytest.raises(ValueError, match=re.escape(f"--scale {text!r}: give a number, or numbers by block such as")):
+            parse_scale(text)
 
 
 def test_pictures_that_tell_nothing_and_lost_references(

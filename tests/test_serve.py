@@ -70,7 +70,9 @@ def test_the_same_bits_as_here(server: str, image: bytes) -> None:
     assert (status, kept["name"], kept["sha256"], kept["settings"]) == (200, "a.png", sha256_bytes(image), None)
     assert ask(f"{server}/references/{kept['sha256']}")[1] == kept
     assert ask(f"{server}/references/{'0' * 64}")[0] == 404
-    asked = {"prompt": "cat face", "negative_prompt": "robot", "steps": 3, "seed": 5, "num": 2, "scale": 1.5, "weights": [2.0, 1.0]}
+    asked = {"prompt": "cat face", "negative_prompt": "robot", "steps": 3, "seed": 5, "num": 2, "weights": [2.0, 1.0]}
+    controls = {"scale": {"up_blocks": 1.5, "mid_block": 1.0}, "window": [0.0, 0.7], "width": 96, "height": 64}
+    asked |= controls | {"negative_references": [kept["sha256"]]}
     asked |= {"references": [kept["sha256"], base64.b64encode(buffer.getvalue()).decode()]}
     status, events, _ = ask(f"{server}/generate", asked, **LINES)
     assert status == 200 and events[0] == {"ahead": 0}
@@ -79,10 +81,13 @@ def test_the_same_bits_as_here(server: str, image: bytes) -> None:
     torch.set_num_threads(1)
     artist = Artist.load(CHECKPOINT, "pretrain")
     references = [Reference.read(image, "a.png", 2.0), Reference.read(buffer.getvalue(), "references[1]", 1.0)]
-    assert made == artist.draw(Wish(prompt="cat face", negative_prompt="robot", steps=3, scale=1.5), references, [5, 6])
+    references.append(Reference.read(image, "a.png", negative=True))
+    assert made == artist.draw(Wish.of(prompt="cat face", negative_prompt="robot", steps=3, **controls), references, [5, 6])
     settings = ask(f"{server}/references", made[1])[1]["settings"]
     assert Settings.model_validate(settings) == Settings.read(made[1])
-    assert ask(f"{server}/model")[1]["sha256"] == artist.sha256 == settings["model_sha256"]
+    about = ask(f"{server}/model")[1]
+    assert about["sha256"] == artist.sha256 == settings["model_sha256"]
+    assert about["side"] == 64 and about["blocks"] == ["down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1"]
     first, second = (ask(f"{server}/generate", {"prompt": "star", "steps": 1})[1]["images"][0] for _ in range(2))
     assert first["seed"] != second["seed"]
 
@@ -97,6 +102,13 @@ def test_what_is_wrong_is_one_line(server: str, image: bytes) -> None:
         ({"references": ["aGVsbG8="]}, 400, r"references\[0\]: not an image"),
         ({"references": [base64.b64encode(image).decode()], "weights": [0.0]}, 400, r"weights \[0.0\] of the references"),
         ({"references": ["x"] * 33}, 400, "references: 33, at most 32"),
+        ({"negative_references": ["x"] * 33}, 400, "negative_references: 33, at most 32"),
+        ({"negative_references": ["aGVsbG8="]}, 400, r"negative_references\[0\]: not an image"),
+        ({"scale": {"up_blocks.7": 1}}, 400, "no cross-attention starts with 'up_blocks.7'"),
+        ({"scale": {"mid_block": 11}}, 400, "scale: give a number from 0 to 10"),
+        ({"window": [0.5, 0.2]}, 400, "window .*: ends before it starts"),
+        ({"window": [0.5]}, 400, "window.1: Field required"),
+        ({"width": 4096}, 400, "width 4096: give a multiple of 8 from 32 to 128"),
         ({"prompt": "very long " * 300}, 400, "prompt of .* tokens is over the text encoder's limit"),
         ({"prompt": 3}, 422, "prompt: Input should be a valid string"),
         ({"prompt": "x" * (65 * 2**20)}, 413, "over 64 MiB"),

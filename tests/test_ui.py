@@ -14,6 +14,7 @@ from easyref.records import sha256_file
 from tests.serving import running
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+BLOCKS = ["down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1"]
 playwright = pytest.importorskip("playwright.sync_api")
 pytestmark = [pytest.mark.long, pytest.mark.skipif(CHROMIUM is None, reason="no browser (apt install chromium)")]
 expect = playwright.expect
@@ -62,8 +63,8 @@ def save(page: Any, number: int, folder: Path) -> Path:
 
 def test_two_references_to_pictures_and_back(page: Any, files: list[Path], tmp_path: Path) -> None:
     page.set_input_files("#files", files[:2])
-    expect(page.locator("#tiles li")).to_have_count(2)
-    slide(page, "#tiles li:nth-child(2) input", "2")
+    expect(page.locator("#references .tiles li")).to_have_count(2)
+    slide(page, "#references .tiles li:nth-child(2) input", "2")
     page.fill("#prompt", "cat face")
     page.fill("#negative_prompt", "robot")
     slide(page, "#steps", "3")
@@ -84,25 +85,77 @@ def test_two_references_to_pictures_and_back(page: Any, files: list[Path], tmp_p
 
     page.reload()  # the server still has the references
     expect(page.locator("#model")).to_contain_text("pretrain")
-    assert page.locator("#tiles li").count() == 0 and page.input_value("#prompt") == ""
+    assert page.locator("#references .tiles li").count() == 0 and page.input_value("#prompt") == ""
     page.set_input_files("#open", made)
-    expect(page.locator("#tiles li")).to_have_count(2)
+    expect(page.locator("#references .tiles li")).to_have_count(2)
     found = [page.input_value(f"#{name}") for name in ("prompt", "negative_prompt", "steps", "scale", "seed")]
     assert found == ["cat face", "robot", "3", "1.5", str(seed + 1)]
-    assert [page.locator("#tiles input").nth(i).input_value() for i in range(2)] == ["1", "2"]
+    assert [page.locator("#references .tiles input").nth(i).input_value() for i in range(2)] == ["1", "2"]
     page.click("#go")
     expect(page.locator("figure img")).to_have_count(1)
     again = Settings.read(save(page, 0, tmp_path))
     assert again == settings.model_copy(update={"batch": [seed + 1]})
 
 
+def test_images_to_avoid_and_what_stands_under_more(page: Any, files: list[Path], tmp_path: Path) -> None:
+    """Into the picture, and back out of it after the page was loaded again."""
+    page.reload()
+    expect(page.locator("#model")).to_contain_text("pretrain")
+    page.set_input_files("#files", files[0])
+    page.set_input_files("#against_files", files[:2])  # one of them is a reference, too
+    expect(page.locator("#against li")).to_have_count(2)
+    page.fill("#prompt", "star")
+    slide(page, "#steps", "2")
+    page.click("#more summary")
+    page.fill("#width", "96")
+    page.fill("#height", "64")
+    slide(page, "#window_end", "0.5")
+    page.check("#by_block")
+    assert page.locator("#blocks label span").all_inner_texts() == [
+        "down_blocks.0",
+        "down_blocks.1",
+        "mid_block",
+        "up_blocks.0",
+        "up_blocks.1",
+    ]
+    slide(page, "#blocks label:nth-child(3) input", "2.5")
+    page.fill("#num", "1")
+    page.click("#go")
+    expect(page.locator("figure img")).to_have_count(1)
+    made = save(page, 0, tmp_path)
+    settings = Settings.read(made)
+    assert settings and Image.open(made).size == (96, 64)
+    assert settings.window == (0.0, 0.5) and settings.scale == dict.fromkeys(BLOCKS, 1.0) | {"mid_block": 2.5}
+    assert [(r.name, r.negative) for r in settings.references] == [("a.png", False), ("a.png", True), ("b.png", True)]
+
+    page.reload()
+    expect(page.locator("#model")).to_contain_text("pretrain")
+    page.set_input_files("#open", made)
+    expect(page.locator("#against li")).to_have_count(2)
+    expect(page.locator("#references li")).to_have_count(1)
+    page.click("#go")
+    expect(page.locator("figure img")).to_have_count(1)
+    assert Settings.read(save(page, 0, tmp_path)) == settings
+
+    page.fill("#width", "90")
+    page.click("#more summary")  # closed: the browser shows the field all the same
+    page.click("#go")
+    expect(page.locator("#width")).to_be_visible()
+    page.fill("#width", "64")
+    slide(page, "#guidance", "1")
+    page.click("#go")
+    expect(page.locator("#notice")).to_have_text("negative references do nothing at guidance 1; raise it, or leave them out")
+    page.reload()
+    expect(page.locator("#model")).to_contain_text("pretrain")
+
+
 def test_what_is_wrong_is_said_in_one_line(page: Any, files: list[Path]) -> None:
-    before = page.locator("#tiles li").count()
+    before = page.locator("#references .tiles li").count()
     page.set_input_files("#files", files[2])
     expect(page.locator("#notice")).to_contain_text("broken.png: broken image data")
     page.set_input_files("#open", files[0])
     expect(page.locator("#notice")).to_contain_text("a.png: no settings in it")
-    assert page.locator("#tiles li").count() == before
+    assert page.locator("#references .tiles li").count() == before
     page.fill("#prompt", "very long " * 200)
     page.click("#go")
     expect(page.locator("#notice")).to_contain_text("over the text encoder's limit")
@@ -117,7 +170,7 @@ def test_a_lost_reference_is_asked_for_and_takes_its_place(page: Any, files: lis
     lost = Image.effect_noise((32, 32), 60).convert("RGB")
     lost.save(tmp_path / "lost.png")
     text = Settings(
-        prompt="star", guidance=2.345, scale=4.2, seed=1, batch=[1], width=8, height=8, model="m", model_sha256="",
+        prompt="star", guidance=2.345, scale=4.2, seed=1, batch=[1], width=64, height=64, model="m", model_sha256="",
         backend="torch", made_with="",
         references=[
             {"name": "lost.png", "sha256": sha256_file(tmp_path / "lost.png"), "weight": 0.5},
@@ -132,9 +185,9 @@ def test_a_lost_reference_is_asked_for_and_takes_its_place(page: Any, files: lis
     expect(page.locator("#notice")).to_have_text("To draw it again, add its references too: lost.png")
     assert (page.input_value("#guidance"), page.input_value("#scale")) == ("2.345", "4.2")  # off and beyond the sliders
     page.set_input_files("#files", tmp_path / "lost.png")
-    expect(page.locator("#tiles li")).to_have_count(2)
+    expect(page.locator("#references .tiles li")).to_have_count(2)
     expect(page.locator("#notice")).to_be_hidden()
-    assert [page.locator("#tiles input").nth(i).input_value() for i in range(2)] == ["0.5", "3"]
+    assert [page.locator("#references .tiles input").nth(i).input_value() for i in range(2)] == ["0.5", "3"]
 
 
 def test_cancel(page: Any) -> None:

@@ -374,7 +374,11 @@ def generate(
     num: Annotated[int, typer.Option(min=1, max=64, help="Images to make, with seeds seed, seed+1 …")] = 1,
     steps: Annotated[int, typer.Option(min=1, max=1000)] = 30,
     guidance: Annotated[float, typer.Option(min=1.0, max=50.0)] = 3.0,
-    scale: Annotated[float, typer.Option(min=0.0, max=10.0, help="Strength of the references.")] = 1.0,
+    scale: Annotated[str, typer.Option(help="Strength of the references; or by block: down_blocks=0.5,up_blocks.0=1.5.")] = "1.0",
+    negative_ref: Annotated[list[Path] | None, typer.Option(help="An image to lead away from; repeat for more.")] = None,
+    window: Annotated[tuple[float, float], typer.Option(help="The share of the steps in which references count: 0 0.6.")] = (0.0, 1.0),
+    width: Annotated[int | None, typer.Option(help="Pixels; default: the model's.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels; default: the model's.")] = None,
     origin: Annotated[Path | None, typer.Option("--from", help="Draw this PNG of easyref's again; other options change it.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("out"),
     backend: Annotated[Backend, typer.Option(help="What draws.")] = "torch",
@@ -384,10 +388,13 @@ def generate(
     cuda_graph: Annotated[bool, typer.Option("--use-cuda-graph", help="Replay the steps of an engine (TensorRT).")] = False,
 ) -> None:
     """New images that keep what the references have in common. Their settings stand in the PNG."""
-    from easyref.drawing import Reference, Settings, Wish, find
+    from easyref.drawing import Reference, Settings, Wish, find, parse_scale
 
-    wish = Wish(prompt=prompt, negative_prompt=negative_prompt, steps=steps, guidance=guidance, scale=scale)
-    paths, weights, settings = ref or [], weight, None
+    wish = Wish.of(
+        prompt=prompt, negative_prompt=negative_prompt, steps=steps, guidance=guidance, scale=parse_scale(scale), window=window,
+        width=width, height=height,
+    )  # fmt: skip
+    paths, weights, against, settings = ref or [], weight, negative_ref or [], None
     seeds = list(range(seed, seed + num))
     batches = _batches(seeds)
     if origin:
@@ -397,15 +404,19 @@ def generate(
         sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
         given = {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
         wish = Wish(**{name: getattr(wish if name in given else settings, name) for name in Wish.model_fields})
-        weights = weight or [used.weight for used in settings.references]
+        positive = [used for used in settings.references if not used.negative]
+        weights = weight or [used.weight for used in positive]
         if not given & {"seed", "num"}:
             batches, seeds = [settings.batch], [settings.seed]
-        paths = find(settings.references, paths, [origin.parent, Path()])
+        folders = [origin.parent, Path()]
+        paths = find(positive, paths, folders)
+        against = find([used for used in settings.references if used.negative], against, folders)
     if not paths and not settings:
         raise ValueError("no reference; give at least one with --ref")
     if weights and len(weights) != len(paths):
         raise ValueError(f"{len(weights)} --weight for {len(paths)} --ref; give one for each")
     references = [Reference.read(path, weight=w) for path, w in zip(paths, weights or [1.0] * len(paths), strict=True)]
+    references += [Reference.read(path, negative=True) for path in against]
     artist = _artist(model, len(paths), backend, graphs, engines, provider, cuda_graph)
     if settings and (settings.model_sha256, settings.backend) != (artist.sha256, backend):
         print(f"easyref: {origin} was drawn by {settings.model} {settings.model_sha256[:12]} on {settings.backend}", file=sys.stderr)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -27,11 +27,18 @@ if TYPE_CHECKING:
 
 MAX_REQUESTS, MAX_REFERENCES, MAX_STEPS, MAX_SEED = 16, 32, 200, 2**63 - 1
 MAX_BATCH = 8  # images that are drawn together
+MAX_SCALE, MAX_NAMES = 10, 256  # of the references; of a scale by block
 PNG_KEY = "easyref"
+Share = Annotated[float, Field(ge=0, le=1)]
+Side = Annotated[int, Field(ge=8, le=8192)]  # pixels; the model has narrower bounds
 
 
 class Wish(BaseModel):
-    """What to draw, and how; the references and the seed apart."""
+    """What to draw, and how; the references and the seed apart.
+
+    `scale`: of the references, everywhere or by block (`{"up_blocks.0": 1.5}`; a block that is not named gets none). `window`: the
+    share of the steps in which they count. `width`, `height`: pixels; the model's own if not given.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -39,7 +46,44 @@ class Wish(BaseModel):
     negative_prompt: str = ""
     steps: int = Field(default=30, ge=1, le=1000)
     guidance: float = Field(default=3.0, ge=1, le=50)
-    scale: float = Field(default=1.0, ge=0, le=10)
+    scale: float | dict[str, float] = 1.0
+    window: tuple[Share, Share] = (0.0, 1.0)
+    width: Side | None = None
+    height: Side | None = None
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        scales = list(self.scale.values()) if isinstance(self.scale, dict) else [self.scale]
+        if not 0 < len(scales) <= MAX_NAMES or not all(0 <= scale <= MAX_SCALE for scale in scales):
+            raise ValueError(f"scale: give a number from 0 to {MAX_SCALE}, or one for each of at most {MAX_NAMES} blocks")
+        if self.window[0] > self.window[1]:
+            raise ValueError(f"window {self.window}: ends before it starts")
+        return self
+
+    @classmethod
+    def of(cls, **values: Any) -> Wish:
+        """ValueError in one line."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise ValueError(one_line(error)) from error
+
+
+def parse_scale(text: str) -> float | dict[str, float]:
+    """`1.5`, or by block `down_blocks=0.5,up_blocks.0=1.5`. ValueError in one line."""
+    try:
+        if "=" not in text:
+            return float(text)
+        return {name: float(value) for name, value in (part.split("=") for part in text.split(","))}
+    except ValueError as error:
+        raise ValueError(f"--scale {text!r}: give a number, or numbers by block such as down_blocks=0.5,up_blocks.0=1.5") from error
+
+
+def one_line(error: ValidationError) -> str:
+    """Where a fault is, and what it is."""
+    fault = max(error.errors(), key=lambda one: len(one["loc"]))  # of a union the type that fits best
+    where = ".".join(str(part) for part in fault["loc"] if "float" not in str(part))  # without names of types
+    return f"{where}: {fault['msg']}" if where else fault["msg"].removeprefix("Value error, ")
 
 
 class UsedReference(BaseModel):
@@ -50,6 +94,7 @@ class UsedReference(BaseModel):
     name: str
     sha256: str
     weight: float
+    negative: bool = False
 
 
 class Settings(Wish):
@@ -58,8 +103,8 @@ class Settings(Wish):
     seed: int
     batch: list[int]
     references: list[UsedReference]
-    width: int
-    height: int
+    width: Side
+    height: Side
     model: str
     model_sha256: str
     backend: str
@@ -80,26 +125,27 @@ class Settings(Wish):
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "settings"
             said = name or (str(source) if isinstance(source, Path) else "image")
-            raise ValueError(f"{said}: settings of another version of easyref: {where}: {first['msg']}") from error
+            raise ValueError(f"{said}: settings of another version of easyref: {one_line(error)}") from error
 
 
 @dataclass(frozen=True)
 class Reference:
+    """`negative`: what the picture is led away from."""
+
     name: str
     sha256: str
     image: Image.Image
     weight: float = 1.0
+    negative: bool = False
 
     @classmethod
-    def read(cls, source: Path | bytes, name: str = "", weight: float = 1.0) -> Reference:
+    def read(cls, source: Path | bytes, name: str = "", weight: float = 1.0, negative: bool = False) -> Reference:
         """From an image file or its bytes. ImageError if it is none."""
         image = open_image(source, name)
         if isinstance(source, bytes):
-            return cls(name, sha256_bytes(source), image, weight)
-        return cls(source.name, sha256_file(source), image, weight)
+            return cls(name, sha256_bytes(source), image, weight, negative)
+        return cls(source.name, sha256_file(source), image, weight, negative)
 
 
 def find(used: Sequence[UsedReference], given: Sequence[Path], folders: Sequence[Path]) -> list[Path]:
@@ -121,6 +167,8 @@ class Artist:
         self.easyref, self.name, self.backend = easyref, name, backend
         self.sha256 = sha256_file(folder / WEIGHTS)
         self.max_references: int = min(easyref.encoder.config.max_references, MAX_REFERENCES)
+        self.side: int = easyref.side
+        self.blocks = easyref.blocks
 
     @classmethod
     def load(cls, folder: Path, name: str, engines: Engines | None = None, backend: str = "torch", base: Path | None = None) -> Artist:
@@ -133,10 +181,15 @@ class Artist:
         """ValueError in one line for what would fail in the middle of the work."""
         from easyref.model.reference import check_weights
 
-        if len(references) > self.max_references:
-            raise ValueError(f"{len(references)} references, the model takes at most {self.max_references}; give fewer")
-        if references:
-            check_weights([reference.weight for reference in references])
+        positive, negative = _parted(references)
+        for kind, some in (("references", positive), ("negative references", negative)):
+            if len(some) > self.max_references:
+                raise ValueError(f"{len(some)} {kind}, the model takes at most {self.max_references}; give fewer")
+        if positive:
+            check_weights([reference.weight for reference in positive])
+        if negative and wish.guidance <= 1:
+            raise ValueError("negative references do nothing at guidance 1; raise it, or leave them out")
+        self.easyref.check(wish.scale, wish.height, wish.width)
         self.easyref.check_prompt(wish.prompt)
         self.easyref.check_prompt(wish.negative_prompt)
 
@@ -147,26 +200,34 @@ class Artist:
         from easyref.pipeline import Request
 
         self.check(wish, references)
-        images, weights = [r.image for r in references], [r.weight for r in references]
-        equal = all(weight == 1.0 for weight in weights)
-        requests = [Request(wish.prompt, images, seed, wish.negative_prompt, None if equal else weights) for seed in seeds]
+        positive, negative = _parted(references)
+        images, weights, against = [r.image for r in positive], [r.weight for r in positive], [r.image for r in negative]
+        given = None if all(weight == 1.0 for weight in weights) else weights
+        requests = [Request(wish.prompt, images, seed, wish.negative_prompt, given, against) for seed in seeds]
 
         def step(_pipe: Any, number: int, _time: Any, given: dict[str, Any]) -> dict[str, Any]:
             if on_step:
                 on_step(number + 1)
             return given
 
-        drawn = self.easyref(requests, wish.steps, wish.guidance, wish.scale, callback_on_step_end=step)
-        used = [UsedReference(name=r.name, sha256=r.sha256, weight=r.weight) for r in references]
+        drawn = self.easyref(
+            requests, wish.steps, wish.guidance, wish.scale, wish.height, wish.width, wish.window, callback_on_step_end=step
+        )
+        used = [UsedReference(name=r.name, sha256=r.sha256, weight=r.weight, negative=r.negative) for r in references]
         pairs = zip(seeds, drawn, strict=True)
         return [to_png(image, text={PNG_KEY: self._settings(wish, used, seed, seeds, image)}) for seed, image in pairs]
 
     def _settings(self, wish: Wish, used: list[UsedReference], seed: int, seeds: Sequence[int], image: Image.Image) -> str:
         return Settings(
-            **wish.model_dump(), seed=seed, batch=list(seeds), references=used, width=image.width, height=image.height,
-            model=self.name, model_sha256=self.sha256, backend=self.backend,
+            **wish.model_dump(exclude={"width", "height"}), seed=seed, batch=list(seeds), references=used, width=image.width,
+            height=image.height, model=self.name, model_sha256=self.sha256, backend=self.backend,
             made_with=f"easyref {version('easyref')}, torch {version('torch')}",
         ).model_dump_json()  # fmt: skip
+
+
+def _parted(references: Sequence[Reference]) -> tuple[list[Reference], list[Reference]]:
+    """What the picture shall be like, and what it is led away from."""
+    return [r for r in references if not r.negative], [r for r in references if r.negative]
 
 
 class GenerateRequest(BaseModel):
@@ -179,24 +240,33 @@ class GenerateRequest(BaseModel):
     seed: int | None = None
     steps: int | None = None
     guidance: float | None = None
-    scale: float | None = None
+    scale: float | dict[str, float] | None = Field(default=None, description="of the references; or by block, others get none")
+    negative_references: list[str] | None = Field(default=None, description="what the picture is led away from")
+    window: list[float] | None = Field(default=None, description="the share of the steps in which references count, as [0, 0.6]")
+    width: int | None = None
+    height: int | None = None
 
     def wish(self) -> Wish:
         """With defaults, within limits. ValueError in one line."""
-        for name, low, high in (("steps", 1, MAX_STEPS), ("guidance", 1, 50), ("scale", 0, 10), ("seed", 0, MAX_SEED)):
+        for name, low, high in (("steps", 1, MAX_STEPS), ("guidance", 1, 50), ("seed", 0, MAX_SEED)):
             if (value := getattr(self, name)) is not None:
                 within(name, value, low, high)
-        return Wish(**{name: value for name in Wish.model_fields if (value := getattr(self, name)) is not None})
+        return Wish.of(**{name: value for name in Wish.model_fields if (value := getattr(self, name)) is not None})
 
     def read(self, known: Callable[[str], tuple[str, bytes] | None] = lambda _: None) -> list[Reference]:
-        """The references. `known`: name and bytes of an image file that is there already, by what stands in `references`."""
-        if len(self.references) > MAX_REFERENCES:
-            raise ValueError(f"references: {len(self.references)}, at most {MAX_REFERENCES}; send fewer")
+        """The references, then the negative ones. `known`: name and bytes of a file that is there already, by what stands for it."""
         weights = self.weights or [1.0] * len(self.references)
         if len(weights) != len(self.references):
             raise ValueError(f"{len(weights)} weights for {len(self.references)} references; give one for each")
-        found = [known(text) or (f"references[{i}]", _file(text, f"references[{i}]")) for i, text in enumerate(self.references)]
-        return [Reference.read(data, name, weight) for (name, data), weight in zip(found, weights, strict=True)]
+        against = self.negative_references or []
+        found = []
+        for kind, texts, counts in (("references", self.references, weights), ("negative_references", against, [1.0] * len(against))):
+            if len(texts) > MAX_REFERENCES:
+                raise ValueError(f"{kind}: {len(texts)}, at most {MAX_REFERENCES}; send fewer")
+            for i, (text, weight) in enumerate(zip(texts, counts, strict=True)):
+                name, data = known(text) or (f"{kind}[{i}]", _file(text, f"{kind}[{i}]"))
+                found.append(Reference.read(data, name, weight, kind != "references"))
+        return found
 
 
 class GenerateResponse(BaseModel):

@@ -30,6 +30,7 @@ from easyref.seeds import torch_rng
 
 START_BYTES = 256 * 2**20  # of references kept for the next prompt
 ENCODED = 64  # samples kept for the next seed
+SIZE_STEP = 8  # pixels; diffusers takes no others
 Sample = tuple[tuple[str, ...], str, tuple[float, ...]]  # digests of the references, prompt, weights
 
 
@@ -232,11 +233,10 @@ class EasyRef:
             # a token attended to several times counts as often in the softmax: all of them equally often changes nothing
             repeats = positive.shape[2] // null.shape[2]
             payload = torch.cat([null.repeat(1, 1, repeats, 1), positive])
-        default = self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
         with self._embeds_per_request(payload), self._only_in(window):
             return self.pipe(
                 prompt=[r.prompt for r in requests], negative_prompt=[r.negative_prompt for r in requests],
-                num_inference_steps=steps, guidance_scale=guidance, height=height or default, width=width or default,
+                num_inference_steps=steps, guidance_scale=guidance, height=height or self.side, width=width or self.side,
                 generator=[torch.Generator().manual_seed(r.seed) for r in requests], ip_adapter_image_embeds=[payload],
                 **pipe_options,
             ).images  # fmt: skip
@@ -280,6 +280,23 @@ class EasyRef:
         finally:
             hook.remove()
             self.adapter.set_scale(inside)
+
+    @property
+    def side(self) -> int:
+        """Pixels of height and width that the base model was trained for."""
+        return self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
+
+    @property
+    def blocks(self) -> list[str]:
+        """Names of the blocks that a scale may be given for."""
+        return attention.blocks(self.pipe.unet)
+
+    def check(self, scale: float | Scales, height: int | None, width: int | None) -> None:
+        """ValueError for blocks that are not there and for sizes that are none of the model's."""
+        attention.named_scales(self.pipe.unet, scale)
+        for name, size in (("height", height), ("width", width)):
+            if size is not None and (size % SIZE_STEP or not self.side // 2 <= size <= 2 * self.side):
+                raise ValueError(f"{name} {size}: give a multiple of {SIZE_STEP} from {self.side // 2} to {2 * self.side}")
 
     def check_prompt(self, prompt: str) -> None:
         """ValueError when a text encoder would cut the prompt."""

@@ -98,6 +98,8 @@ class ModelInfo(BaseModel):
     max_references: int
     max_images: int
     max_bytes: int
+    side: int
+    blocks: list[str]
     defaults: Wish
 
 
@@ -309,6 +311,8 @@ def create_app(artist: Artist, max_waiting: int, token: str | None = None, page:
             max_references=artist.max_references,
             max_images=MAX_BATCH,
             max_bytes=MAX_BYTES,
+            side=artist.side,
+            blocks=artist.blocks,
             defaults=Wish(),
         )
 
@@ -332,7 +336,7 @@ def create_app(artist: Artist, max_waiting: int, token: str | None = None, page:
         within("num", asked.num, 1, MAX_BATCH)
         first = secrets.randbelow(RANDOM_SEEDS) if asked.seed is None else asked.seed
         within("seed", first + asked.num - 1, 0, MAX_SEED)
-        here = {digest: kept[digest] for digest in asked.references if digest in kept}
+        here = {digest: kept[digest] for digest in [*asked.references, *(asked.negative_references or [])] if digest in kept}
         references = await run_in_threadpool(asked.read, here.get)
         artist.check(wish, references)
         events = queue.draw(wish, references, list(range(first, first + asked.num)))

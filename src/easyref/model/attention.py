@@ -136,23 +136,34 @@ Scales = Mapping[str, Any]  # numbers by block, nested as diffusers' set_ip_adap
 
 
 def set_scale(unet: UNet2DConditionModel, scale: float | Scales) -> None:
-    """Set lambda of every cross-attention, or of those that are named; the others stay as they are.
+    """Set lambda of every cross-attention, or of those that are named (`named_scales`); the others stay as they are."""
+    ours = processors(unet)
+    for name, value in named_scales(unet, scale).items():
+        ours[name].scale[0] = value
+
+
+def named_scales(unet: UNet2DConditionModel, scale: float | Scales) -> dict[str, float]:
+    """lambda of the cross-attentions that `scale` names, by their names. ValueError for a name that none has.
 
     By the start of the module's name (`{"up_blocks.0": 0.5}`), or as diffusers' `set_ip_adapter_scale` has it
     (`{"down": 0.5, "up": {"block_0": [0.0, 1.0, 0.0]}}`: a number for a part, a block or each transformer of a block).
     """
     ours = processors(unet)
     if not isinstance(scale, Mapping):
-        chosen = dict.fromkeys(ours, scale)
-    else:
-        chosen = {}
-        for start, value in _flat(scale):
-            named = [name for name in ours if f"{name}.".startswith(f"{start}.")]
-            if not named:
-                raise ValueError(f"no cross-attention starts with {start!r}; names are like {next(iter(ours), '')!r}")
-            chosen |= dict.fromkeys(named, value)
-    for name, value in chosen.items():
-        ours[name].scale[0] = value
+        return dict.fromkeys(ours, scale)
+    chosen: dict[str, float] = {}
+    for start, value in _flat(scale):
+        named = [name for name in ours if f"{name}.".startswith(f"{start}.")]
+        if not named:
+            raise ValueError(f"no cross-attention starts with {start!r}; names are like {next(iter(ours), '')!r}")
+        chosen |= dict.fromkeys(named, value)
+    return chosen
+
+
+def blocks(unet: UNet2DConditionModel) -> list[str]:
+    """The blocks that have cross-attention, from the input to the output: names that `set_scale` takes."""
+    found = {name.split(".attentions")[0] for name in processors(unet)}
+    return sorted(found, key=lambda name: ("dmu".index(name[0]), name))  # down, mid, up
 
 
 def scales(unet: UNet2DConditionModel) -> tuple[float, ...]:

@@ -3,8 +3,8 @@
 
 const $ = id => document.getElementById(id)
 const copy = id => $(id).content.firstElementChild.cloneNode(true)
-const SETTINGS = ['prompt', 'negative_prompt', 'steps', 'guidance', 'scale']
-const references = []      // {kept, weight, element}, in the order they are drawn with
+const SETTINGS = ['prompt', 'negative_prompt', 'steps', 'guidance', 'scale', 'width', 'height', 'window_start', 'window_end']
+const references = []      // {kept, weight, negative, element}, in the order they are drawn with
 let wanted = []            // references of a picture whose settings were taken, here or not
 let limits = {}            // of GET /model
 let running = null         // AbortController of the drawing
@@ -32,10 +32,13 @@ async function upload(file) {
   return (await ask(`/references?name=${encodeURIComponent(file.name.slice(-255))}`, { method: 'POST', body: file })).json()
 }
 
-function addTile(kept, weight = 1) {
-  if (references.some(one => one.kept.sha256 === kept.sha256)) return
-  if (references.length >= limits.max_references) throw new Error(`The model takes at most ${limits.max_references} references; ${kept.name} was left out.`)
-  const one = { kept, weight, element: copy('tile') }, slider = one.element.querySelector('input')
+const stands = (one, used) => one.kept.sha256 === used.sha256 && one.negative === used.negative
+const placed = negative => references.filter(one => one.negative === negative)
+
+function addTile(kept, negative, weight = 1) {
+  if (references.some(one => stands(one, { sha256: kept.sha256, negative }))) return
+  if (placed(negative).length >= limits.max_references) throw new Error(`The model takes at most ${limits.max_references} references; ${kept.name} was left out.`)
+  const one = { kept, weight, negative, element: copy('tile') }, slider = one.element.querySelector('input')
   const image = one.element.querySelector('img')
   image.src = kept.thumbnail
   image.alt = image.title = `${kept.name}, ${kept.width}×${kept.height}`
@@ -47,23 +50,27 @@ function addTile(kept, weight = 1) {
 }
 
 function showTiles() {
-  const place = one => (wanted.findIndex(used => used.sha256 === one.kept.sha256) + wanted.length + 1) % (wanted.length + 1)
+  const place = one => (wanted.findIndex(used => stands(one, used)) + wanted.length + 1) % (wanted.length + 1)
   if (wanted.length) references.sort((a, b) => place(a) - place(b))
-  $('tiles').replaceChildren(...references.map(one => one.element))
   for (const one of references) {
     one.element.querySelector('.weight').textContent = `×${one.weight.toFixed(1)}`
     one.element.classList.toggle('off', one.weight === 0)
   }
-  $('add').firstElementChild.textContent = references.length ? 'Add more' : 'Drop images here'
-  $('count').textContent = references.length ? `${references.length} of at most ${limits.max_references}` : ''
+  for (const [id, negative] of [['references', false], ['against', true]]) {
+    const here = placed(negative)
+    $(id).querySelector('.tiles').replaceChildren(...here.map(one => one.element))
+    $(id).querySelector('.count').textContent = here.length ? `${here.length} of at most ${limits.max_references}` : ''
+  }
+  $('references').querySelector('.add b').textContent = placed(false).length ? 'Add more' : 'Drop images here'
 }
 
-async function addFiles(files, dropped = true) {
+async function addFiles(files, negative = false, dropped = true) {
   say('')
   for (const file of files) {
     try {
       const kept = await upload(file)
-      addTile(kept, wanted.find(used => used.sha256 === kept.sha256)?.weight)
+      const used = wanted.find(used => used.sha256 === kept.sha256 && !references.some(one => stands(one, used)))
+      addTile(kept, used?.negative ?? negative, used?.weight)
       if (wanted.length) tellMissing()
       if (dropped && kept.settings && !wanted.length) say(`${kept.name} was drawn by easyref. Drop it on the right to take its settings instead.`)
     } catch (error) { say(error.message, true) }
@@ -73,17 +80,38 @@ async function addFiles(files, dropped = true) {
 
 // Settings
 
+function put(input, value) {
+  if (value > +input.max) input.max = value
+  input.value = value
+  if (input.value !== String(value)) { input.step = 'any'; input.value = value } // between two steps of the slider
+  input.dispatchEvent(new Event('input'))
+}
+
 function show(settings) {
-  for (const name of SETTINGS) {
-    if (settings[name] > +$(name).max) $(name).max = settings[name]
-    $(name).value = settings[name]
-    if ($(name).value !== String(settings[name])) { $(name).step = 'any'; $(name).value = settings[name] } // between two steps of the slider
-    $(name).dispatchEvent(new Event('input'))
-  }
+  const byBlock = typeof settings.scale === 'object', [window_start, window_end] = settings.window
+  const { side } = limits, width = settings.width ?? side, height = settings.height ?? side
+  const values = { ...settings, scale: byBlock ? 1 : settings.scale, window_start, window_end, width, height }
+  for (const name of SETTINGS) put($(name), values[name])
+  showBlocks(byBlock && settings.scale)
+  $('more').open ||= byBlock || window_start > 0 || window_end < 1 || width !== side || height !== side
+}
+
+// Sliders for `scales`, numbers by block; false: one number for all of them.
+function showBlocks(scales) {
+  $('by_block').checked = Boolean(scales)
+  $('scale').disabled = Boolean(scales)
+  $('blocks').replaceChildren(...Object.entries(scales || {}).map(([name, value]) => {
+    const label = copy('block'), slider = label.querySelector('input')
+    label.querySelector('span').textContent = name
+    slider.name = name
+    slider.addEventListener('input', () => { label.querySelector('output').textContent = slider.value })
+    put(slider, value)
+    return label
+  }))
 }
 
 function tellMissing() {
-  const missing = wanted.filter(used => !references.some(one => one.kept.sha256 === used.sha256)).map(used => used.name)
+  const missing = wanted.filter(used => !references.some(one => stands(one, used))).map(used => used.name)
   say(missing.length ? `To draw it again, add its references too: ${missing.join(', ')}` : '')
 }
 
@@ -97,7 +125,7 @@ async function restore(settings) {
   references.length = 0
   for (const used of wanted) {
     const answer = await fetch(`/references/${used.sha256}`)
-    if (answer.ok) addTile(await answer.json(), used.weight)
+    if (answer.ok) addTile(await answer.json(), used.negative, used.weight)
   }
   showTiles()
   tellMissing()
@@ -134,21 +162,31 @@ function showPicture(place, { image, seed }, name) {
   picture.alt = `Picture with seed ${seed}`
   figure.querySelector('.save').download = name
   figure.querySelector('.seed').textContent = seed
-  figure.querySelector('.reuse').addEventListener('click', () => addFiles([file], false))
+  figure.querySelector('.reuse').addEventListener('click', () => addFiles([file], false, false))
   place.append(figure)
   return file
 }
 
-async function draw() {
-  const asked = Object.fromEntries(SETTINGS.map(name => [name, $(name).type === 'range' ? +$(name).value : $(name).value]))
+function asks() {
+  const { window_start, window_end, ...asked } = Object.fromEntries(
+    SETTINGS.map(name => [name, $(name).type === 'textarea' ? $(name).value : +$(name).value]))
+  asked.window = [window_start, window_end]
+  if ($('by_block').checked) asked.scale = Object.fromEntries([...$('blocks').querySelectorAll('input')].map(slider => [slider.name, +slider.value]))
   asked.num = +$('num').value
-  asked.references = references.map(one => one.kept.sha256)
-  asked.weights = references.map(one => one.weight)
+  asked.references = placed(false).map(one => one.kept.sha256)
+  asked.weights = placed(false).map(one => one.weight)
+  asked.negative_references = placed(true).map(one => one.kept.sha256)
   if (!$('random').checked && $('seed').value !== '') asked.seed = +$('seed').value
+  return asked
+}
+
+async function draw() {
+  const asked = asks(), count = references.length
   const batch = copy('batch'), bar = batch.querySelector('progress'), stage = batch.querySelector('.stage'), again = batch.querySelector('.again')
   batch.querySelector('.words').textContent = asked.prompt || 'No prompt'
   batch.querySelector('.detail').textContent =
-    `${references.length} reference${references.length === 1 ? '' : 's'} · likeness ${asked.scale} · guidance ${asked.guidance} · ${asked.steps} steps`
+    `${count} reference${count === 1 ? '' : 's'} · likeness ${$('by_block').checked ? 'by block' : asked.scale} · guidance ${asked.guidance} · ` +
+    `${asked.steps} steps · ${asked.width}×${asked.height}`
   again.hidden = true
   running = new AbortController()
   batch.querySelector('.cancel').addEventListener('click', () => running?.abort())
@@ -194,25 +232,34 @@ $('form').addEventListener('submit', async event => {
   $('go').disabled = false
 })
 document.addEventListener('keydown', event => { if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) $('form').requestSubmit() })
-$('add').addEventListener('keydown', event => { if (event.key === 'Enter' || event.key === ' ') { event.preventDefault(); $('files').click() } })
-for (const [id, take] of [['files', files => addFiles(files)], ['open', files => openPicture(files[0])]])
+for (const add of document.querySelectorAll('.add'))
+  add.addEventListener('keydown', event => { if (event.key === 'Enter' || event.key === ' ') { event.preventDefault(); add.querySelector('input').click() } })
+for (const [id, take] of [['files', addFiles], ['against_files', files => addFiles(files, true)], ['open', files => openPicture(files[0])]])
   $(id).addEventListener('change', async () => { const files = [...$(id).files]; $(id).value = ''; if (files.length) await take(files) })
+$('by_block').addEventListener('change', event =>
+  showBlocks(event.target.checked && Object.fromEntries(limits.blocks.map(name => [name, +$('scale').value]))))
+$('more').addEventListener('invalid', () => { $('more').open = true }, true) // a field in it that the browser will point at
 for (const output of document.querySelectorAll('output')) {
   const input = $(output.htmlFor.value)
   input.addEventListener('input', () => { output.textContent = input.value })
 }
 $('seed').addEventListener('input', () => { $('random').checked = $('seed').value === '' })
 
-const target = event => event.target instanceof Element && event.target.closest('#form') ? $('references') : $('gallery')
+const PLACES = ['against', 'references', 'gallery']
+
+function target(event) {
+  const within = selector => event.target instanceof Element && event.target.closest(selector)
+  return within('#against') ? 'against' : within('#form') ? 'references' : 'gallery'
+}
 document.addEventListener('dragover', event => {
   event.preventDefault()
-  for (const id of ['references', 'gallery']) $(id).classList.toggle('over', $(id) === target(event))
+  for (const id of PLACES) $(id).classList.toggle('over', id === target(event))
 })
-for (const kind of ['dragleave', 'drop']) document.addEventListener(kind, () => ['references', 'gallery'].forEach(id => $(id).classList.remove('over')))
+for (const kind of ['dragleave', 'drop']) document.addEventListener(kind, () => PLACES.forEach(id => $(id).classList.remove('over')))
 document.addEventListener('drop', event => {
   event.preventDefault()
   const files = [...event.dataTransfer.files]
-  if (files.length) target(event) === $('references') ? addFiles(files) : openPicture(files[0])
+  if (files.length) target(event) === 'gallery' ? openPicture(files[0]) : addFiles(files, target(event) === 'against')
 })
 document.addEventListener('paste', event => { const files = [...event.clipboardData.files]; if (files.length) { event.preventDefault(); addFiles(files) } })
 
@@ -220,5 +267,6 @@ try {
   limits = await (await ask('/model')).json()
   $('model').textContent = `${limits.name} · ${limits.sha256.slice(0, 8)}`
   $('num').max = limits.max_images
+  for (const id of ['width', 'height']) Object.assign($(id), { min: limits.side / 2, max: 2 * limits.side })
   show(limits.defaults)
 } catch (error) { say(error.message, true) }
