@@ -119,7 +119,7 @@ def test_killed_on_two_processes_and_gone_on_with_by_one(place: Path, tmp_path: 
     same(place, other, "finetune_multi")
 
 
-KILLS = int(os.environ.get("EASYREF_KILLS", "12"))  # in a row, over all stages and numbers of processes
+KILLS = int(os.environ.get("EASYREF_KILLS", "6"))  # in a row, over all stages and numbers of processes
 
 
 def everything(place: Path, stage: str) -> dict[str, bytes]:
