@@ -9,17 +9,12 @@ from safetensors import safe_open
 
 from easyref.config import Optimisation
 from easyref.model import weights
-from easyref.model.weights import CheckpointConfig
 from easyref.seeds import torch_rng
 from easyref.training.ema import WIDTHS, Averages, average, exponent, fit, overlap
 from easyref.training.trainer import Task, train
-from tests.model.conftest import reference_config
+from tests.test_trainer import CONFIG
 
 IMAGES, BATCH, EVERY = 8000, 8, 400
-CONFIG = CheckpointConfig(
-    reference=reference_config(), lora_rank=None, lora_alpha=None, has_mllm=False, mllm_id="m", mllm_revision=None, base_id="b",
-    base_revision=None,
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -154,6 +154,7 @@ def test_two_processes_leave_the_same_averages_and_pictures(place: Path, whole: 
             assert max((one[n] - two[n]).abs().mean().item() for n in one) < 3 * 3e-4 / 100  # three steps of AdamW
 
 
+@pytest.mark.long
 def test_killed_beside_a_snapshot_and_started_again_leaves_the_same_bytes(place: Path, whole: dict[str, bytes]) -> None:
     clean(place)
     for name in (f"{STAGE}.ema/{4:012}.safetensors", f"{STAGE}.safetensors", f"{STAGE}.ema/{8:012}.safetensors"):

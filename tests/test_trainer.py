@@ -15,12 +15,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from easyref.config import Optimisation
+from easyref.model.weights import CheckpointConfig
 from easyref.seeds import Order, torch_rng
 from easyref.training import status, trainer
+from easyref.training.ema import Averages
 from easyref.training.state import load_state, remove_state
-from easyref.training.trainer import Task, learning_rate, train
+from easyref.training.trainer import Task, Watcher, learning_rate, train
+from tests.model.conftest import reference_config
 from tests.processes import exit_code, start
 
+CONFIG = CheckpointConfig(
+    reference=reference_config(), lora_rank=None, lora_alpha=None, has_mllm=False, mllm_id="m", mllm_revision=None, base_id="b",
+    base_revision=None,
+)  # fmt: skip
 PARAMS = {
     "images": 1920, "batch": 8, "microbatch": 8, "learning_rate": 0.01, "weight_decay": 0.01, "warmup_images": 16,
     "cooldown_images": 64, "ema_images": 64, "save_images": 16,
@@ -39,9 +46,10 @@ def task(fingerprint: int = 0) -> Task:
     return Task("test", [model], weights, loss, {"f": fingerprint}, validate=lambda: {"held_out": weights["0.weight"].sum().item()})
 
 
-def trained(p: Optimisation, state: Path) -> dict[str, torch.Tensor]:
+def trained(p: Optimisation, state: Path, *watchers: Watcher) -> dict[str, torch.Tensor]:
     """`task` run to its end."""
     run = task()
+    run.watchers = watchers
     train(run, p, state)
     return {name: parameter.detach() for name, parameter in run.parameters.items()}
 
@@ -63,7 +71,8 @@ def stopped(p: Optimisation, state: Path, at: int) -> None:
 
 def train_and_write(state: Path, out: Path) -> None:
     torch.set_num_threads(1)
-    save_file(trained(Optimisation(**PARAMS), state), out)
+    snapshots = Averages(state.with_suffix(".ema"), 320, CONFIG)
+    save_file(trained(Optimisation(**PARAMS), state, snapshots), out)
 
 
 def test_kill_9_and_again_gives_the_same_bits(tmp_path: Path) -> None:
@@ -80,8 +89,16 @@ def test_kill_9_and_again_gives_the_same_bits(tmp_path: Path) -> None:
             process.kill()
         kills += exit_code(process) == -signal.SIGKILL
     assert kills >= 2
-    assert {path.name for path in killed.iterdir()} == {"state.safetensors", "state.jsonl", "state.speed", "out.safetensors"}
-    for name in ("out.safetensors", "state.jsonl"):
+    assert {path.name for path in killed.iterdir()} == {
+        "state.safetensors",
+        "state.jsonl",
+        "state.speed",
+        "state.ema",
+        "out.safetensors",
+    }
+    snapshots = {f"state.ema/{seen:012}.safetensors" for seen in range(320, 1921, 320)}
+    assert {str(path.relative_to(killed)) for path in killed.glob("state.ema/*")} == snapshots
+    for name in ("out.safetensors", "state.jsonl", *snapshots):
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
 
 
