@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -17,11 +17,12 @@ from export import start
 
 DTYPE = {"fp32": torch.float32, "fp16": torch.float16}
 TOLERANCE = {"fp32": (1e-4, 2.0), "fp16": (1e-2, 16.0)}  # of an output's largest value; of an image, against torch in fp32
+DECIBELS = {"int8": 30.0, "fp8": 30.0}  # least mean PSNR of images that the quantized UNet draws, against torch in fp32
 VERSIONS = ("torch", "diffusers", "onnx", "onnxscript", "onnxruntime")
 
 
-def inputs_of(checkpoint: Path, opset: int, dtype: str, tolerance: float, image_tolerance: float) -> dict:
-    """All that the graphs and what is said of them depend on."""
+def inputs_of(checkpoint: Path, opset: int, dtype: str, tolerance: float, image_tolerance: float, quantize: dict | None = None) -> dict:
+    """All that the graphs and what is said of them depend on. `quantize`: the same of a quantized UNet."""
     base = sorted(path for path in (checkpoint.parent / "base").rglob("*") if path.is_file())
     code = sorted([*Path(__file__).parent.glob("*.py"), *(Path(records.__file__).parent / "model").glob("*.py")])
     files = {str(path.relative_to(checkpoint.parent)): sha256_file(path) for path in [*sorted(checkpoint.iterdir()), *base]}
@@ -29,6 +30,7 @@ def inputs_of(checkpoint: Path, opset: int, dtype: str, tolerance: float, image_
         "opset": opset, "dtype": dtype, "tolerance": tolerance, "image_tolerance": image_tolerance, "files": files,
         "code": [sha256_file(path) for path in code],
         "versions": {name: version(name) for name in VERSIONS},
+        "quantize": quantize,
     }  # fmt: skip
 
 
@@ -49,18 +51,23 @@ def run(
     image_tolerance: Annotated[
         float | None, typer.Option(min=0, help="Largest difference of whole images, of 255 grey levels.")
     ] = None,
+    quantize: Annotated[Literal["int8", "fp8"] | None, typer.Option(help="The UNet in 8 bits, by nvidia-modelopt.")] = None,
+    decibels: Annotated[float | None, typer.Option(min=0, help="Least mean PSNR of images drawn with 8 bits.")] = None,
+    data: Annotated[Path, typer.Option(help="With --quantize: its training groups calibrate.")] = Path("data"),
 ) -> None:
     """ONNX graphs of a checkpoint, verified against torch."""
     if not checkpoint.is_dir():
         raise FileNotFoundError(f"{checkpoint}: no such checkpoint; `make run` trains one, or name another")
     from easyref.pipeline import EasyRef
+    from export import quantize as quantizing
     from export.graphs import export_graph, graphs, shapes_of
     from export.verify import verify, verify_images
 
     usual, usual_of_images = TOLERANCE[dtype]
     tolerance = usual if tolerance is None else tolerance
     image_tolerance = usual_of_images if image_tolerance is None else image_tolerance
-    inputs = inputs_of(checkpoint, opset, dtype, tolerance, image_tolerance)
+    how = quantizing.inputs_of(quantize, dtype, DECIBELS[quantize] if decibels is None else decibels, data) if quantize else None
+    inputs = inputs_of(checkpoint, opset, dtype, tolerance, image_tolerance, how)
     if fresh(out, inputs):
         print(f"{out}: up to date")
         return
@@ -77,11 +84,14 @@ def run(
             size, seconds = path.stat().st_size / 2**20, time.monotonic() - begin
             print(f"{graph.name}: {size:.1f} MiB in {seconds:.0f} s; {len(found)} cases, at most {worst.largest:.1e} off")
         files = {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
-        about = {"inputs": inputs, "files": files, "shapes": shapes_of(easyref), "verified": rows}
+        about: dict[str, Any] = {"inputs": inputs, "files": files, "shapes": shapes_of(easyref), "verified": rows}
         write_json(folder / MANIFEST, about)
         levels = verify_images(EasyRef.from_pretrained(checkpoint, device="cpu"), checkpoint, folder, image_tolerance)
         print(f"images: at most {levels:.0f} of 255 off")
-        write_json(folder / MANIFEST, {**about, "images_off": levels})
+        about |= {"images_off": levels}
+        if quantize:
+            about = quantizing.quantize(checkpoint, folder, about, data)
+        write_json(folder / MANIFEST, about)
     print(f"{out}: {', '.join(files)}")
 
 

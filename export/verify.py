@@ -114,3 +114,26 @@ def verify_images(torch_easyref: EasyRef, checkpoint: Path, folder: Path, tolera
                 raise VerifyError(f"images of {count} references at scale {scale}: {largest:.0f} of 255 off; allowed {tolerance:.0f}")
             worst = max(worst, largest)
     return worst
+
+
+def verify_quantized(
+    checkpoint: Path, folder: Path, requests: Sequence[Request], steps: int, guidance: float, least: float
+) -> list[float]:
+    """PSNR, in dB, of each image drawn by the graphs of `folder` against torch's. Single pixels of 8 bits tell little, so no largest
+    difference: a whole image does.
+
+    Raises:
+        VerifyError: their mean is below `least`.
+    """
+    found = []
+    drawers = (
+        EasyRef.from_pretrained(checkpoint, device="cpu"),
+        EasyRef.from_pretrained(checkpoint, engines=Engines.onnxruntime(folder)),
+    )
+    for request in requests:
+        ours, theirs = (np.asarray(drawer([request], steps, guidance)[0], np.float64) for drawer in drawers)
+        found.append(10 * float(np.log10(255**2 / max(float(((ours - theirs) ** 2).mean()), 1e-3))))
+    mean = float(np.mean(found))
+    if not mean >= least:
+        raise VerifyError(f"images of the quantized UNet: PSNR {mean:.1f} dB to torch's in the mean; wanted {least:.0f} dB")
+    return found

@@ -467,12 +467,13 @@ def export(
     out: Annotated[Path, typer.Argument(help="Folder for the graphs.")] = GRAPHS,
     opset: Annotated[int, typer.Option(min=18, max=24)] = 20,
     dtype: Annotated[Literal["fp32", "fp16"], typer.Option(help="Precision of weights and outputs.")] = "fp32",
+    quantize: Annotated[Literal["int8", "fp8"] | None, typer.Option(help="The UNet in 8 bits, by nvidia-modelopt.")] = None,
 ) -> None:
     """A checkpoint → ONNX graphs, each and whole images compared with torch (`python -m export` has more options)."""
     _project()
     from export.__main__ import run
 
-    run(checkpoint, out, opset, dtype)
+    run(checkpoint, out, opset, dtype, quantize=quantize)
 
 
 def _project() -> None:
