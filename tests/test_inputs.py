@@ -25,7 +25,7 @@ from easyref.training.ahead import ahead
 from easyref.training.align import seen_labels
 from easyref.training.inputs import NULL, Inputs, Sample, Sampler, Seen, microbatches, open_store
 from easyref.training.models import load_models
-from easyref.training.stages import STAGES, _loss
+from easyref.training.stages import STAGES, sample_loss
 from easyref.training.store import Disk, Store
 from tests.projects import small_data
 
@@ -187,7 +187,7 @@ def test_any_split_of_an_update_gives_the_gradients_of_one_image_at_a_time(stage
     def gradients(most: int) -> tuple[float, list[torch.Tensor]]:
         total = 0.0
         for part in microbatches(SAMPLES, most, inputs.size):
-            loss = _loss(models, inputs, [SAMPLES[i] for i in part], 0, [f"test/{i}" for i in part], None) * (len(part) / len(SAMPLES))
+            loss = sample_loss(models, inputs, [SAMPLES[i] for i in part], 0, [f"test/{i}" for i in part]) * (len(part) / len(SAMPLES))
             loss.backward()
             total += loss.item()
         found = [tensor.grad.clone() for tensor in trained.values() if tensor.grad is not None]

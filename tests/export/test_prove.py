@@ -22,6 +22,7 @@ def test_a_gpu_machine(tmp_path: Path) -> None:
     assert set(found["largest_difference"]) == set(NAMES) and found["image_difference"] < 8
 
 
+@pytest.mark.long
 @pytest.mark.skipif(driver() is None, reason="a GPU is here")
 def test_without_one_it_says_what_is_missing(tmp_path: Path) -> None:
     done = subprocess.run([*WORDS, str(tmp_path)], check=False, capture_output=True, text=True)

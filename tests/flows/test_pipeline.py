@@ -125,6 +125,7 @@ def test_a_cancelled_flow_tells_its_stage_to_end(project: Path) -> None:
     assert (project / "told").read_text() == "SIGTERM"
 
 
+@pytest.mark.long
 def test_make_run_that_is_stopped_leaves_nothing_running(project: Path, tmp_path: Path) -> None:
     """Neither the stage nor the server that Prefect starts for the one run."""
     values = yaml.safe_load((project / "dvc.yaml").read_text())
