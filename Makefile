@@ -2,6 +2,8 @@
 VENV ?= .venv
 PYTHON ?= python3
 export PATH := $(abspath $(VENV))/bin:$(PATH)
+# Not one that happens to be active: uv would install there.
+export VIRTUAL_ENV := $(abspath $(VENV))
 export DO_NOT_TRACK = 1
 export HF_HUB_OFFLINE ?= 1
 export MPLBACKEND = Agg

@@ -95,7 +95,7 @@ def to_8_bits(samples: dict[str, np.ndarray], graph: Path, mode: str) -> str:
     """
     with TemporaryDirectory(dir=graph.parent.parent, prefix=f".{graph.stem}.") as scratch:
         file = Path(scratch) / "samples.npz"
-        np.savez(file, **samples)  # type: ignore[arg-type]
+        np.savez(file, allow_pickle=False, **samples)
         for path in graph.parent.glob(f"{graph.name}*"):  # its weights may lie beside it
             shutil.move(path, scratch)
         words = [modelopt()["python"], str(WORKER), f"{scratch}/{graph.name}", str(file), mode, str(graph)]

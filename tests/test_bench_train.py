@@ -43,3 +43,8 @@ def test_bench_train_measures_all_stages(tmp_path: Path) -> None:
         speed, row = found[name]["images_per_s"], found[name]
         np.testing.assert_allclose(row["speedup_over_plain_loop"], speed["ours"] / speed["plain_loop"], rtol=1e-2)
         assert f"{name}: {speed['ours']:.1f} images/s" in done.output
+
+
+def test_a_pass_is_whole_batches(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["bench", "train", "--images", "40", "--out", str(tmp_path / "train.json")])
+    assert "--images 40: no multiple of pretrain.batch 16" in str(done.exception)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from easyref.config import Optimisation
 from easyref.model import weights
@@ -19,7 +20,7 @@ IMAGES, BATCH, EVERY = 8000, 8, 400
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A training by a noisy loss, its snapshots, and in `history.pt` the weights after each update."""
+    """A training by a noisy loss, its snapshots, and in `history.safetensors` the weights after each update."""
     place = tmp_path_factory.mktemp("ema")
     torch.set_num_threads(1)
     moving, still = torch.nn.Parameter(torch.zeros(300)), torch.nn.Parameter(torch.ones(2))
@@ -38,14 +39,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     parameters = {"moving": moving, "still": still}
     train(Task("ema", [], parameters, loss, {}, watchers=[Averages(place / "x.ema", EVERY, CONFIG)]), p, place / "x.safetensors")
     history.append(moving.detach().clone())
-    torch.save(torch.stack(history), place / "history.pt")
+    save_file({"history": torch.stack(history)}, place / "history.safetensors")
     weights.save(place / "trained", parameters | {"frozen": torch.full((3,), 7.0)}, CONFIG, torch.float32)
     return place
 
 
 def explicit(place: Path, width: float, images: int = IMAGES) -> torch.Tensor:
     """The mean of the weights after each update, weighed by the integral of τ^γ since the update before."""
-    history = torch.load(place / "history.pt")[: images // BATCH].double()
+    history = load_file(place / "history.safetensors")["history"][: images // BATCH].double()
     t = torch.arange(len(history) + 1, dtype=torch.float64)
     return ((t / t[-1]) ** (exponent(width) + 1)).diff() @ history
 

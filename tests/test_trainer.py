@@ -236,6 +236,13 @@ def test_a_full_disk_is_one_clear_line_and_keeps_the_last_state(tmp_path: Path) 
     assert {path.name for path in tmp_path.iterdir()} == {"state.safetensors", "state.jsonl", "state.speed"}
 
 
+def test_a_state_of_an_earlier_version_is_one_clear_line(tmp_path: Path) -> None:
+    state = tmp_path / "state.safetensors"
+    save_file({}, state, {"easyref": json.dumps({"seen": 16, "fingerprint": "f"})})
+    with pytest.raises(ValueError, match=r"state\.safetensors: saved by an earlier easyref.* delete it"):
+        train(task(), Optimisation(**PARAMS), state)
+
+
 def test_torn_state_is_one_clear_line(tmp_path: Path) -> None:
     state = tmp_path / "state.safetensors"
     train(task(), Optimisation(**{**PARAMS, "images": 32, "cooldown_images": 0}), state)

@@ -124,7 +124,11 @@ def easyref_models(
         unet=m["unet"], vae=m["vae"], text_encoders=_text_encoders(m), scheduler=base.noise_schedule(), encoder=encoder,
         processor=none, adapter=adapter, accelerator=none, base_hash="",
     )  # fmt: skip
-    again = lambda: (nullcontext(), DeviceKernels(precision))  # noqa: E731 (the backward pass leaves the first one)
+
+    def again() -> tuple[Any, Any]:
+        """Around a block and around its second run: the backward pass has left the kernels that the first one was in."""
+        return nullcontext(), DeviceKernels(precision)
+
     models.recompute(recompute, partial(CHECKPOINT, context_fn=again))
     return models
 

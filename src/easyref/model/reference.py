@@ -369,13 +369,13 @@ class ReferenceEncoder(nn.Module):
     def _attention(self, normed_BSD: Tensor, prefix: PrefixStates, bias_BL: Tensor | None) -> Tensor:
         """Attention output [B, T, D] of the reference tokens over S = L + T tokens, with explicit mask and positions."""
         attn, num_tokens = self.final_layer.self_attn, self.config.num_tokens
-        cos_BSE, sin_BSE = self.rotary(normed_BSD, _extend_positions(prefix, num_tokens))
+        cos_BSE, sin_BSE = self.rotary(normed_BSD, extend_positions(prefix, num_tokens))
         q_BHTE = heads(attn.q_proj(normed_BSD[:, -num_tokens:]), attn.head_dim)
         k_BGSE = heads(attn.k_proj(normed_BSD), attn.head_dim)
         v_BGSE = heads(attn.v_proj(normed_BSD), attn.head_dim)
         q_BHTE = rotate(q_BHTE, cos_BSE[:, -num_tokens:], sin_BSE[:, -num_tokens:])
         k_BGSE = rotate(k_BGSE, cos_BSE, sin_BSE)
-        mask_B1TS = _attention_mask(prefix.mask_BL, num_tokens, self.config.final_layer_attention == "causal")
+        mask_B1TS = attention_mask(prefix.mask_BL, num_tokens, self.config.final_layer_attention == "causal")
         if bias_BL is not None:
             bias_B11S = F.pad(bias_BL.to(q_BHTE), (0, num_tokens))[:, None, None]
             mask_B1TS = bias_B11S.expand_as(mask_B1TS).masked_fill(~mask_B1TS, -torch.inf)
@@ -430,14 +430,14 @@ def _projector(width: int, out: int, generator: torch.Generator) -> nn.Sequentia
     return nn.Sequential(parts)
 
 
-def _extend_positions(prefix: PrefixStates, num_tokens: int) -> Tensor:
+def extend_positions(prefix: PrefixStates, num_tokens: int) -> Tensor:
     """positions_3BS: the reference tokens go on, on all axes, one after the largest position of each sample's REAL tokens."""
     start_B = prefix.positions_3BL.masked_fill(prefix.mask_BL == 0, -1).amax(dim=(0, 2)) + 1
     tokens_BT = start_B[:, None] + torch.arange(num_tokens, device=start_B.device)
     return torch.cat([prefix.positions_3BL, tokens_BT.expand(3, -1, -1)], dim=-1)
 
 
-def _attention_mask(mask_BL: Tensor, num_tokens: int, causal: bool) -> Tensor:
+def attention_mask(mask_BL: Tensor, num_tokens: int, causal: bool) -> Tensor:
     """bool [B, 1, T, L + T], True = attend. Context: every real token. Reference tokens: all, or those up to itself."""
     among_TT = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=mask_BL.device)
     among_TT = among_TT.tril() if causal else among_TT

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from easyref.config import Params, Stage
 from easyref.data.dataset import TrainingImages
-from easyref.model.reference import PrefixStates, ReferenceEncoder, _attention_mask, _extend_positions, null_image
+from easyref.model.reference import PrefixStates, ReferenceEncoder, attention_mask, extend_positions, null_image
 from easyref.progress import machine, track, use_threads
 from easyref.records import write_json
 from easyref.training import stages
@@ -54,6 +54,8 @@ def bench_train(params: Params, data: Path, models_folder: Path, out: Path, imag
 def compare(params: Params, name: str, data: Path, models_folder: Path, count: int, passes: int) -> dict[str, Any]:
     """Images a second of the three ways over all passes, and of ours in the first and in the last one."""
     p = as_published(getattr(params, name), name, count)
+    if count % p.batch:
+        raise ValueError(f"--images {count}: no multiple of {name}.batch {p.batch}; give one")
     images = TrainingImages(data)
     images.weights[count:] = 0
     images.groups = images.groups[: max(1, count // 4)]
@@ -154,10 +156,10 @@ def whole_last_layer(encoder: ReferenceEncoder, prefix: PrefixStates) -> Tensor:
     tokens_BTD = encoder.reference_tokens.expand(len(prefix.states_BLD), -1, -1)
     all_BSD = torch.cat([prefix.states_BLD, tokens_BTD], dim=1)
     context, count = prefix.mask_BL.shape[1], encoder.config.num_tokens
-    mask_B1TS = _attention_mask(prefix.mask_BL, count, encoder.config.final_layer_attention == "causal")
+    mask_B1TS = attention_mask(prefix.mask_BL, count, encoder.config.final_layer_attention == "causal")
     mask_B1LS = F.pad(torch.ones(context, context, dtype=torch.bool).tril(), (0, count)).expand(len(all_BSD), 1, -1, -1)
     mask_B1SS = torch.cat([mask_B1LS, mask_B1TS], dim=2)
-    cos_sin = encoder.rotary(all_BSD, _extend_positions(prefix, count))
+    cos_sin = encoder.rotary(all_BSD, extend_positions(prefix, count))
     out: Any = encoder.final_layer(all_BSD, attention_mask=mask_B1SS, position_embeddings=cos_sin)
     out_BSD = out[0] if isinstance(out, tuple) else out
     return encoder.projector(encoder.norm(out_BSD[:, -count:]))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -69,7 +69,7 @@ class Engine:
 
     def backward(self, loss: Callable[[], Tensor], last: bool) -> float:
         """Forward and backward pass; `last` of an update: then gradients become the mean over the processes."""
-        with self._local() if self.world > 1 and not last else _nothing():
+        with self._local() if self.world > 1 and not last else nullcontext():
             result = self.step(loss)
             result.backward()
             return result.item()
@@ -149,14 +149,8 @@ def _fully_shard(step: Step, precision: str) -> None:
         "reshard_after_forward": plugin.reshard_after_forward,
     }
     for name, module in list(step.named_modules()):
+        called = not name.endswith(".final_layer")  # of that only the parts are
         trains = any(parameter.requires_grad for parameter in module.parameters())
-        if (
-            trains and type(module).__name__ in BLOCKS and not name.endswith(".final_layer")
-        ):  # whose forward is not called: its parts are
+        if called and trains and type(module).__name__ in BLOCKS:
             fully_shard(module, **options)
     fully_shard(step, **options)
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield

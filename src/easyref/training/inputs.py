@@ -199,7 +199,8 @@ class Inputs:
             return {"text_LX": text[0], "pooled_P": pooled[0]}
 
         found = [self.store.get(partial(make, prompt), "text", prompt) for prompt in prompts]
-        return tuple(torch.stack([self._here(encoding[part]) for encoding in found]) for part in ("text_LX", "pooled_P"))  # type: ignore
+        text_BLX, pooled_BP = (torch.stack([self._here(encoding[part]) for encoding in found]) for part in ("text_LX", "pooled_P"))
+        return text_BLX, pooled_BP
 
     def reference_tokens(self, samples: Sequence[Sample]) -> torch.Tensor:
         """tokens_BTX of the samples, with gradients to whatever is trained."""

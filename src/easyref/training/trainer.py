@@ -112,6 +112,8 @@ def train(task: Task, p: Optimisation, state_path: Path, engine: Engine | None =
         file.unlink(missing_ok=True)
     if found := load_state(state_path):
         tensors, counters = found
+        if "inputs" not in counters:
+            raise ValueError(f"{state_path}: saved by an earlier easyref, which named its values otherwise; delete it to start again")
         _check_inputs(task.name, state_path, counters["inputs"], inputs, allow)
         seen = saved = counters["seen"]
         losses = counters["losses"]
