@@ -31,7 +31,7 @@ def loss(numbers):
     return (x @ weight - x.sum(1)).square().mean()
 length = dict(images=120, batch=1, microbatch=1, save_images=10, warmup_images=0, cooldown_images=0)
 p = Optimisation(**length, learning_rate=0.01, weight_decay=0.0, ema_images=0)
-train(Task("counter", {"weight": weight}, loss, {}), p, Path(".work/counter.safetensors"))
+train(Task("counter", [], {"weight": weight}, loss, {}), p, Path(".work/counter.safetensors"))
 Path("counter").write_text(repr(weight.tolist()))
 Path(".work/counter.safetensors").unlink()
 """
