@@ -340,6 +340,7 @@ class GroupLora(Section):
     steps: PositiveInt
     batch: PositiveInt  # images a step
     learning_rate: float = Rate
+    together: PositiveInt  # samples tuned side by side
 
 
 class MRBench(Section):

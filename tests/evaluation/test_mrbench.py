@@ -25,15 +25,16 @@ from easyref.evaluation.mrbench import COMPARISON, mrbench
 from easyref.evaluation.probes import fit_dual
 from easyref.evaluation.report import ROWS, chosen_rows, write_report
 from easyref.evaluation.summary import table
+from easyref.model import lora
 from easyref.pipeline import EasyRef, Request
-from easyref.training.group_lora import group_lora, tuned
+from easyref.training.group_lora import clip, group_lora, side_by_side, tuned
 
 from .conftest import Emoji, groups_of
 from .test_evaluate import Answers
 
 torch.set_num_threads(1)
 DRAWING = Evaluate(steps=2, guidance=2.0, scale=1.0, batch=5, held_out_samples=18, held_in_samples=6, grid_rows=2, bootstrap=500)
-LORA = GroupLora(rank=4, steps=5, batch=4, learning_rate=0.01)
+LORA = GroupLora(rank=4, steps=5, batch=4, learning_rate=0.01, together=2)
 PARAMS = MRBench(lora=LORA, seeds=3, seed_samples=4, counts=[1, 2, 4], count_samples=6, clip=None, dino=None, face=None)
 
 
@@ -216,9 +217,62 @@ def test_a_group_lora_learns_its_references_and_leaves_the_base_as_it_was(pictur
     assert all(torch.equal(value, before[name]) for name, value in pipe.unet.state_dict().items())
     plain = pipe(prompt=["cat 0"], num_inference_steps=2, guidance_scale=2.0, generator=torch.Generator().manual_seed(0)).images[0]
     assert first.tobytes() != plain.tobytes()
-    with tuned(pipe, pictures[:2], ["cat"] * 2, LORA.model_copy(update={"steps": 25}), 0):
+    with tuned(pipe, [pictures[:2]], [["cat"] * 2], LORA.model_copy(update={"steps": 25}), 0):
         after = reconstruction(pipe, pictures[:2])
     assert after < 0.97 * reconstruction(pipe, pictures[:2]), "the loss on the references falls"
+
+
+def test_loras_side_by_side_learn_what_peft_learns_for_each_alone(pictures: list[Image.Image]) -> None:
+    """Loss and gradients of two samples in one call are those of peft's LoRA with the weights of either; clipped apart, too."""
+    unet = EasyRef.base_pipeline("models/pretrain").unet.requires_grad_(False)
+    rng = torch.Generator().manual_seed(0)
+    x_KS, text, pooled = (torch.randn(6, *shape, generator=rng) for shape in ((8, 16, 16), (24, 256), (128,)))  # two samples in turn
+    ids = torch.tensor([[64.0, 64, 0, 0, 64, 64]])
+
+    def loss(which: slice) -> torch.Tensor:
+        n = len(x_KS[which])
+        added = {"text_embeds": pooled[which], "time_ids": ids.expand(n, 6)}
+        return unet(x_KS[which], torch.tensor([300.0]), text[which], added_cond_kwargs=added).sample.square().mean()
+
+    with side_by_side(unet, 2, 4, torch.Generator().manual_seed(1)) as weights:
+        for weight in weights:
+            weight.data.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel())) / 10)
+        whole = loss(slice(None))
+        (whole * 2).backward()
+        together = [weight.grad.clone() for weight in weights]  # type: ignore[union-attr]
+        clip(weights, 0.01)
+    lora.add(unet, 4, 4.0, torch.Generator().manual_seed(1))
+    alone = []
+    for sample in range(2):
+        mine = [layer.weight.requires_grad_() for pair in lora.layers(unet).values() for layer in pair]
+        for weight, given in zip(mine, weights, strict=True):
+            weight.data.copy_(given[sample].T)
+        alone.append(loss(slice(sample, None, 2)))
+        gradients = torch.autograd.grad(alone[-1], mine)
+        for ours, theirs in zip(together, gradients, strict=True):
+            assert (ours[sample].T - theirs).norm() < 1e-2 * theirs.norm()
+        for weight, gradient in zip(mine, gradients, strict=True):
+            weight.grad = gradient.clone()
+        torch.nn.utils.clip_grad_norm_(mine, 0.01)
+        for ours, theirs in zip(weights, mine, strict=True):
+            assert (ours.grad[sample].T - theirs.grad).norm() < 1e-2 * theirs.grad.norm()  # type: ignore[index,operator,union-attr]
+    assert whole.item() == pytest.approx(sum(x.item() for x in alone) / 2, rel=1e-5)
+
+
+def test_samples_tuned_side_by_side_do_not_see_each_other(pictures: list[Image.Image]) -> None:
+    """Adam makes of rounding a step where a gradient is near zero, so pictures are alike, not equal."""
+    pipe = EasyRef.base_pipeline("models/pretrain")
+    requests = asked(pictures, 2, 3)
+    draw = group_lora(pipe, LORA, DRAWING, seed=0)
+    for whole, request in zip(draw(requests), requests, strict=True):
+        alone, other = draw([request])[0], draw([request | {"references": pictures[-2:], "captions": ["cat"] * 2}])[0]
+        assert distance(whole, alone) < 0.1 * distance(whole, other)
+    last = requests[1] | {"references": [*pictures[:2], pictures[-1]]}
+    assert draw([last])[0].tobytes() != alone.tobytes(), "every reference is trained on"
+
+
+def distance(one: Image.Image, other: Image.Image) -> float:
+    return float(np.abs(np.asarray(one, float) - np.asarray(other, float)).mean())
 
 
 @torch.no_grad()
