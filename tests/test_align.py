@@ -10,7 +10,7 @@ import yaml
 from easyref.config import ConfigError, Params, parse_params
 from easyref.data.captions import caption
 from easyref.data.dataset import TrainingImages
-from easyref.training.align import PARTS, align
+from easyref.training.align import PARTS, align, shares
 from easyref.training.inputs import NULL, Inputs, Sample
 from easyref.training.models import Models, load_models
 from tests.projects import small_data
@@ -70,13 +70,24 @@ def test_tokens_become_the_text_states_of_their_own_images_caption(params: Param
     assert all(apart_NN[i, i] < others[i] for i in range(9)), apart_NN
     assert apart_NN.diagonal().mean() < 0.5 * sum(others) / 9, apart_NN
     rows = [json.loads(row) for row in (tmp_path / "align.jsonl").read_text().splitlines()]
-    shares = [row["held_out_explained"] for row in rows if "held_out_explained" in row]
-    assert len(shares) == 3 and shares[0] < shares[-1] < 1
+    for name in ("held_out_explained", "held_out_latents"):
+        shares = [row[name] for row in rows if name in row]
+        assert len(shares) == 3 and shares[0] < shares[-1] < 1, name
+    assert shares[-1] > 0.1, "the latents of images that no training saw"
 
     again = load_models(params, Path("models"), None, "fp32")
     align(params, Inputs(again, images, True), held_out, tmp_path / "align.safetensors")  # done: its state is read, nothing is trained
     aligned = models.named_parameters()
     assert all(torch.equal(tensor, aligned[name]) for name, tensor in again.named_parameters().items())
+
+
+def test_shares_of_the_latents_are_rows_of_the_image() -> None:
+    latents_BChw = torch.arange(2 * 3 * 4 * 4.0).view(2, 3, 4, 4)
+    parts_BTE = shares(latents_BChw, 8)
+    assert parts_BTE.shape == (2, 8, 6)
+    assert parts_BTE[1, 5].tolist() == [*latents_BChw[1, :, 2, 2], *latents_BChw[1, :, 2, 3]], "half of row 2, all channels"
+    with pytest.raises(ValueError, match=r"48 latent values, no multiple of reference\.num_tokens 5; change that"):
+        shares(latents_BChw, 5)
 
 
 def test_more_reference_tokens_than_text_tokens_is_one_line() -> None:

@@ -127,6 +127,6 @@ def test_each_stage_changes_exactly_its_parts(place: Path) -> None:
 def test_curves_have_the_columns_that_dvc_draws(place: Path) -> None:
     plots = [next(iter(plot.values()))["y"] for plot in yaml.safe_load(Path("dvc.yaml").read_text())["plots"]]
     drawn = [(place / path, fields) for y in plots for path, fields in y.items() if "metrics/base/" not in path]
-    assert len(drawn) == 3 * len(stages.STAGES) + 2  # loss, learning rate, held-out loss; of align loss and explained share
+    assert len(drawn) == 3 * len(stages.STAGES) + 2  # loss, learning rate, held-out loss; of align loss and explained shares
     for path, fields in drawn:
         assert {"seen", *([fields] if isinstance(fields, str) else fields)} <= json.loads(path.read_text())[0].keys()

@@ -196,12 +196,11 @@ def stage_row(params: Params, name: str, make: Callable[..., Models]) -> Row:
 
 
 def align_row(params: Params, p: Align, models: Models) -> Row:
-    """The warm start of the pretraining; text states and vision tokens are computed once a caption and once an image."""
+    """The warm start of the pretraining; text states and latents are computed once a caption and once an image."""
     trained, _ = models.trainable(PARTS)
 
     def loss() -> Tensor:
-        prefix = _prefix(params, models, p.microbatch, p.max_references)
-        return models.encoder(prefix).square().mean()
+        return models.encoder(_prefix(params, models, p.microbatch, p.max_references)).square().mean()
 
     return _row(params, "pretrain: align", p, _modules(models), trained.values(), loss, p.max_references, "fp32", None, 0)
 

@@ -1,17 +1,21 @@
 """Warm start of the pretraining (ours, not in the paper; `align: null` leaves it out).
 
 A fresh encoder's tokens mean nothing to the UNet, and the diffusion loss takes long to tell: its gradient is mostly noise. So the
-tokens are first brought into a language that the UNet can read: T reference tokens regress onto the first T states that the text
-encoders give for the whole caption of the target, colours included. No UNet and no noise take part, a fraction of the cost. With
-K_ref and V_ref copied from the text's, references then act like a caption nobody had to write. The null reference takes the empty
-caption. The pretraining itself goes on from there to what no caption says.
+tokens are first brought into a language that the UNet can read, and made to hold what it has to draw. No UNet and no noise take part.
+- T reference tokens regress onto the first T states that the text encoders give for the whole caption of the target, colours included.
+  With K_ref and V_ref copied from the text's, references then act like a caption nobody had to write. The null reference takes the
+  empty caption.
+- One linear map of each token regresses onto its share of the target's latents, as no caption says how a thing looks. This holds for
+  images of concepts never seen, where the captions do not.
+The MLLM learns with them: one that was trained on captions alone has forgotten what an image looks like. `pretrain` leaves it as it is.
 
-Letters: B batch · T reference tokens · X cross-attention width.
+Letters: B batch · T reference tokens · X cross-attention width · E latent values of a token · C,h,w latents.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -24,6 +28,7 @@ from easyref.config import Params
 from easyref.data.captions import caption
 from easyref.data.dataset import SWAPS
 from easyref.data.emoji import color_words
+from easyref.data.frames import Framing
 from easyref.training.ahead import ahead
 from easyref.training.engine import Engine
 from easyref.training.inputs import NULL, Inputs, Sample, Sampler
@@ -31,7 +36,29 @@ from easyref.training.trainer import Task, train
 
 WHITE = 250  # of 255, in every channel: the background
 
-PARTS = ("reference_tokens", "final_layer", "projector")
+PARTS = ("reference_tokens", "final_layer", "projector", "vision", "mllm")
+STATES = 0.2  # weight of the text states beside the latents: captions are learned by heart, how to look is not
+
+
+class Readout(nn.Module):
+    """tokens_BTX → latents [B, T, E]: one map for all tokens, and a mean for each."""
+
+    def __init__(self, mean_TE: torch.Tensor, width: int) -> None:
+        super().__init__()
+        self.map = nn.Linear(width, mean_TE.shape[1], bias=False)
+        nn.init.zeros_(self.map.weight)
+        self.mean = nn.Parameter(mean_TE.clone())
+
+    def forward(self, tokens_BTX: torch.Tensor) -> torch.Tensor:
+        return self.map(tokens_BTX) + self.mean
+
+
+def shares(latents_BChw: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """The latents in T parts [B, T, E], row by row. ValueError if they cannot be dealt out."""
+    if (values := latents_BChw[0].numel()) % num_tokens:
+        fix = f"no multiple of reference.num_tokens {num_tokens}; change that, or set align: null"
+        raise ValueError(f"align: an image has {values} latent values, {fix}")
+    return latents_BChw.permute(0, 2, 3, 1).flatten(1).unflatten(1, (num_tokens, -1))
 
 
 def seen_labels(source: Inputs, sample: Sample) -> dict[str, str]:
@@ -49,45 +76,62 @@ def align(
 ) -> None:
     """Train `PARTS` of the encoder in place. `state` stays: with it the next call is done at once.
 
-    The log beside it holds the share of the held-out captions' variance that the tokens explain, `held_out_explained`.
+    The log beside it holds which share of the variance of held-out captions the tokens explain, `held_out_explained`, and of the
+    latents of their images, `held_out_latents`.
     """
-    p, models = params.align, inputs.models
+    p, models, num_tokens = params.align, inputs.models, params.reference.num_tokens
     assert p is not None
-    trained, _ = models.trainable(PARTS)
-
+    inputs = replace(inputs, frozen_prefix=False, framing=Framing())  # squares: every image has as many latents
     sampler = lru_cache(4 * p.batch)(Sampler(inputs.images, p, params.seed, "align"))
 
-    def states(source: Inputs, samples: Iterable[Sample]) -> torch.Tensor:
-        """What the tokens should become, [B, T, X]."""
+    def wanted(source: Inputs, samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the tokens should become [B, T, X], and what they should hold [B, T, E]."""
         captions = ["" if s.references == (NULL,) else caption(seen_labels(source, s), hide=()) for s in samples]
-        return source.text_states(captions)[0][:, : params.reference.num_tokens].float()
+        return source.text_states(captions)[0][:, :num_tokens].float(), shares(source.latents(samples).float(), num_tokens)
 
     every = range(0, len(inputs.images.labels), max(1, len(inputs.images.labels) // 512))
-    states_NTX = states(inputs, (Sample(i, (i,), "") for i in every))
+    states_NTX, latents_NTE = wanted(inputs, [Sample(i, (i,), "") for i in every])
+    readout = Readout(latents_NTE.mean(0), states_NTX.shape[-1]).to(models.device)
     norm = models.encoder.projector[-1]
     assert isinstance(norm, nn.LayerNorm)
     with torch.no_grad():  # start at the text states' own place and width
         norm.bias.copy_(states_NTX.mean((0, 1)))
         norm.weight.copy_(states_NTX.std((0, 1)))
-    variance = (states_NTX - states_NTX.mean(0)).square().mean()  # over images, at each token
+
+    def errors(source: Inputs, samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean squared errors of states and of latents, [B] each."""
+        states_BTX, latents_BTE = wanted(source, samples)
+        with models.autocast():
+            tokens_BTX = source.reference_tokens(samples)
+            found_BTE = readout(tokens_BTX)
+        pairs = ((tokens_BTX, states_BTX), (found_BTE, latents_BTE))
+        states_B, latents_B = ((found.float() - want).square().mean((1, 2)) for found, want in pairs)
+        return states_B, latents_B
 
     def loss(numbers: Sequence[int]) -> torch.Tensor:
         samples = [sampler(n) for n in numbers]
-        wanted_BTX = states(inputs, samples)
-        with models.autocast():
-            tokens_BTX = inputs.reference_tokens(samples)
-        return (tokens_BTX.float() - wanted_BTX).square().mean() / variance
+        states_B, latents_B = errors(inputs, samples)
+        shown_B = torch.tensor([s.references != (NULL,) for s in samples], device=latents_B.device)
+        return (STATES * states_B / _variance(states_NTX) + latents_B * shown_B / _variance(latents_NTE)).mean()
 
     def explained() -> dict[str, float]:
         alone = [Sample(i, (i,), "") for i in range(min(128, len(held_out.images.labels)))]
-        with torch.no_grad(), models.autocast():
-            tokens_NTX = held_out.reference_tokens(alone).float()
-        states_NTX = states(held_out, alone)
-        error = (tokens_NTX - states_NTX).square().mean()
-        share = 1 - (error / (states_NTX - states_NTX.mean(0)).square().mean()).item()
-        return {"held_out_explained": share}
+        with torch.no_grad():
+            found = errors(held_out, alone)
+            shares = [
+                1 - (error_B.mean() / _variance(want)).item() for error_B, want in zip(found, wanted(held_out, alone), strict=True)
+            ]
+        return dict(zip(("held_out_explained", "held_out_latents"), shares, strict=True))
 
+    trained, _ = models.trainable(PARTS)
+    trained |= {f"readout.{name}": parameter for name, parameter in readout.named_parameters()}
     depends = {"stage": "align", "seed": params.seed, "images": inputs.images.content, "base": models.base_hash,
                "reference": params.reference.model_dump(exclude_defaults=True)}  # fmt: skip
     read = partial(ahead, sample=sampler, load=inputs.load, workers=params.loading.workers)
-    train(Task("align", [models.encoder], trained, loss, depends, validate=explained, ahead=read), p, state, engine, allow)
+    modules = [models.encoder, readout]
+    train(Task("align", modules, trained, loss, depends, validate=explained, ahead=read), p, state, engine, allow)
+
+
+def _variance(values_NTE: torch.Tensor) -> torch.Tensor:
+    """Over images, at each token."""
+    return (values_NTE - values_NTE.mean(0)).square().mean()

@@ -23,7 +23,7 @@ from easyref.model import weights
 from easyref.model.schedule import Schedule
 from easyref.model.weights import CheckpointConfig
 from easyref.progress import use_threads
-from easyref.records import read_table, sha256_file
+from easyref.records import read_table, sha256_file, sha256_json
 from easyref.training.ahead import ahead
 from easyref.training.align import align
 from easyref.training.curves import write_curves
@@ -113,8 +113,11 @@ def run_stage(
     images = TrainingImages(data)
     start = sha256_file(models_folder / starts_from / weights.WEIGHTS) if starts_from else models.base_hash
     frozen = frozen_prefix(trains)
-    mllm = None if not frozen else start if checkpoint.has_mllm else models.base_hash  # whose states may be kept
-    store = open_store(params.loading, models, [p.precision, p.compile], mllm, models_folder / "base")
+    mllm = models.base_hash  # whose states may be kept
+    if checkpoint.has_mllm:
+        mllm = start if starts_from else sha256_json([start, params.seed, images.content, params.align and params.align.model_dump()])
+    kept = mllm if frozen else None
+    store = open_store(params.loading, models, [p.precision, p.compile], kept, models_folder / "base")
     inputs = Inputs(models, images, frozen, store, _framing(p, images, models), p.cache_prefix)
     validate = Validation(params, inputs, data)
     warm = work / "align.safetensors" if params.align and not starts_from else None
@@ -150,9 +153,8 @@ def run_stage(
 def start_models(params: Params, name: str, models_folder: Path, before: Path | None) -> tuple[Models, CheckpointConfig]:
     """The models as the stage starts with them, from the checkpoint `before`, and the config of the one that it will write."""
     p = getattr(params, name)
-    frozen = frozen_prefix(parts(name, p))
-    models = load_models(params, models_folder, p.lora_rank or None, p.precision, frozen)
-    with_mllm = not frozen
+    with_mllm = not frozen_prefix(parts(name, p)) or (params.align is not None and not before)
+    models = load_models(params, models_folder, p.lora_rank or None, p.precision, not with_mllm)
     schedule = Schedule(prediction=p.prediction, zero_terminal_snr=p.zero_terminal_snr)
     if before:
         config = weights.load(before, models.encoder, models.adapter, fresh_lora=True)
