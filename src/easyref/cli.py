@@ -49,7 +49,7 @@ def embed(
     params: ParamsFile = PARAMS,
     engine: Annotated[Literal["local", "ray"], typer.Option(help="Processes here, or Ray (RAY_ADDRESS: a cluster).")] = "local",
 ) -> None:
-    """Images, captions and detected subjects → vectors, for groups that are learned."""
+    """Images, captions, detected subjects and faces → vectors, for groups that are learned."""
     from easyref.config import load_params
     from easyref.data.embed import embed as run
 

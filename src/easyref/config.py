@@ -73,14 +73,25 @@ class Subjects(Model):
     min_share: float = Share  # of the image's area
 
 
+class Faces(Section):
+    """ONNX files of the form that insightface's packs have (data/faces.py), and which faces count."""
+
+    detector: str  # SCRFD with landmarks
+    embedder: str  # ArcFace
+    min_score: float = Share
+    min_side: PositiveInt  # pixels of a box's shorter side
+    max_faces: PositiveInt  # of an image, the largest
+
+
 class Embed(Section):
-    """What vectors are made with (data/embed.py); null: what comes inside (Lite0, MiniLM), or none (subjects)."""
+    """What vectors are made with (data/embed.py); null: what comes inside (Lite0, MiniLM), or none (subjects, faces)."""
 
     batch: PositiveInt
     workers: PositiveInt
     images: Model | None  # CLIP or DINOv2
     texts: Model | None  # CLIP
     subjects: Subjects | None
+    faces: Faces | None = None
 
 
 class Likeness(Section):
@@ -103,7 +114,7 @@ class Group(Section):
     """`labels`: images with the same labels. `embeddings`: images that look alike."""
 
     by: Literal["labels", "embeddings"]
-    likeness: dict[Literal["subject", "style", "tag"], Likeness]  # the kinds that are learned
+    likeness: dict[Literal["subject", "style", "tag", "identity"], Likeness]  # the kinds that are learned
     workers: PositiveInt
     kinds: list[Literal["subject", "person", "style", "given"]]  # of labels
     min_members: int = Field(ge=2)

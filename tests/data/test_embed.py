@@ -10,13 +10,12 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from PIL import Image
 
 from easyref.config import Embed, Model, Subjects, load_params
 from easyref.data.embed import Extractors, embed
 from easyref.data.extractors import Lite0, MiniLM
 from easyref.data.group import label_groups
-from easyref.data.hub import ArcFace, HubImages, HubTexts, make_extractors
+from easyref.data.hub import HubImages, HubTexts, make_extractors
 from easyref.data.shards import ImageStore
 from easyref.data.split import split_images
 from easyref.records import read_table, write_table
@@ -200,18 +199,3 @@ def test_learned_subjects_stay_on_one_side(tmp_path: Path) -> None:
     side = dict(split_images(store, groups, params.split, 0)["images"].iter_rows())
     sides = [{"held_out" if side[m] == "held_out" else "train" for m in members} for members in groups["members"]]
     assert all(len(s) == 1 for s in sides) and sum(s == {"held_out"} for s in sides) > 20
-
-
-def test_faces_go_into_an_onnx_file_as_arcface_wants_them(tmp_path: Path) -> None:
-    """A graph that answers with the mean colour: -1 is black, 1 white, red first."""
-    from onnx import TensorProto, helper, save
-
-    pooled = [helper.make_node("GlobalAveragePool", ["x"], ["y"]), helper.make_node("Flatten", ["y"], ["z"])]
-    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("x", [1, 3, 112, 112]), ("z", [1, 3]))]
-    model = helper.make_model(helper.make_graph(pooled, "face", values[:1], values[1:]), opset_imports=[helper.make_opsetid("", 17)])
-    model.ir_version = 9
-    save(model, tmp_path / "face.onnx")
-    found = ArcFace(tmp_path / "face.onnx")([Image.new("RGB", (64, 80), c) for c in ("red", "white", "black")])
-    assert found == pytest.approx(np.array([[1, -1, -1], [1, 1, 1], [-1, -1, -1]]), abs=1e-5)
-    with pytest.raises(FileNotFoundError, match=r"mrbench\.face"):
-        ArcFace(tmp_path / "none.onnx")

@@ -1,10 +1,11 @@
 """Stage `embed`: images → vectors, one table and one array a space for each piece (at most PIECE images of a shard).
 
-A row is a part of an image: the whole, or a subject that a detector found. Spaces:
+A row is a part of an image: the whole, or a subject or face that a detector found. Spaces:
 
 subject  what is drawn: whole images and subjects          Lite0's deep features, or a vision model of the hub (CLIP, DINOv2)
 style    how it is drawn: whole images                     Lite0's shallow features
 text     what the caption says: whole images               MiniLM, or CLIP
+face     whose face it is: faces                            ArcFace, where `embed.faces` names its files
 
 `rows-00000.parquet` says what the rows are (`sha256, part, left, top, right, bottom, score`); `subject-00000.npy` … hold float16
 vectors [rows, E], NaN where a space does not apply. A piece that is there is not made again after a kill.
@@ -32,7 +33,7 @@ from easyref.progress import track
 from easyref.records import IMAGE_COLUMNS, ROW_COLUMNS, atomic_folder, read_table, remove_folder, sha256_json, write_table
 
 Array = np.ndarray[Any, np.dtype[Any]]
-SPACES = ("subject", "style", "text")
+SPACES = ("subject", "style", "text", "face")
 SCHEMA = dict(zip(ROW_COLUMNS, (pl.String, pl.String, *[pl.Int32] * 4, pl.Float32), strict=True))
 PIECE = 512  # images
 Piece = tuple[pl.DataFrame, Path]  # rows of images.parquet, and the folder for what is made of them
@@ -48,6 +49,17 @@ class Box:
     bottom: int
     score: float = 1.0
 
+    @property
+    def area(self) -> int:
+        return (self.right - self.left) * (self.bottom - self.top)
+
+
+@dataclass(frozen=True)
+class Face:
+    box: Box
+    landmarks_52: Array  # eyes, nose, corners of the mouth: x, y in pixels of the image
+    vector_E: Array  # whose face it is, of unit length
+
 
 @dataclass(frozen=True)
 class Extractors:
@@ -57,6 +69,7 @@ class Extractors:
     texts: Callable[[Sequence[str]], Array]  # → [n, E]
     subjects: Callable[[Sequence[Image.Image]], list[list[Box]]] | None = None
     crops: Callable[[Sequence[Image.Image]], Array] | None = None  # of subjects → [n, E], as `images` gives it
+    faces: Callable[[Sequence[Image.Image]], list[list[Face]]] | None = None
 
 
 Make = Callable[[Embed], Extractors]
@@ -157,6 +170,9 @@ def embed_piece(table: pl.DataFrame, part: Path, images: Path, p: Embed, make: M
         text = extractors.texts(batch["caption"].to_list())
         for i, (name, image) in enumerate(zip(names, pictures, strict=True)):
             add(name, "image", Box(0, 0, *image.size), subject=subject[i], style=style[i], text=text[i])
+        for name, own in zip(names, extractors.faces(pictures) if extractors.faces else (), strict=False):
+            for face in own:
+                add(name, "face", face.box, face=face.vector_E)
         if not (extractors.subjects and extractors.crops):
             continue
         boxes = extractors.subjects(pictures)
@@ -183,8 +199,9 @@ def _ahead(load: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
             yield ready.result()
 
 
-def read_space(folder: Path, space: str, part: str, file: Path) -> tuple[pl.DataFrame, Array]:
-    """Rows of `part` that have a finite vector in `space`, sorted by image and place, and their vectors float16 [N, E] on disk."""
+def read_space(folder: Path, space: str, part: str, file: Path, largest: bool = False) -> tuple[pl.DataFrame, Array]:
+    """Rows of `part` that have a finite vector in `space`, sorted by image and place, and their vectors float16 [N, E] on disk.
+    `largest`: of an image only the one of the largest area."""
     tables, goods = [pl.DataFrame(schema=SCHEMA)], []
     files = sorted(folder.glob(f"{space}-*.npy"))
     arrays = [np.load(array_file, mmap_mode="r") for array_file in files]
@@ -197,13 +214,19 @@ def read_space(folder: Path, space: str, part: str, file: Path) -> tuple[pl.Data
         tables.append(table[good])
         goods.append(good)
     table = pl.concat(tables, how="vertical_relaxed")
-    order = table.with_row_index().sort("sha256", "left", "top", "right", "bottom", "index")["index"].to_numpy()
+    rows = table.with_row_index().sort("sha256", "left", "top", "right", "bottom", "index")
+    if largest:
+        area = (pl.col("right") - pl.col("left")) * (pl.col("bottom") - pl.col("top"))
+        rows = rows.sort("sha256", -area, maintain_order=True).unique("sha256", keep="first", maintain_order=True)
+    order = rows["index"].to_numpy()
     if not len(order):
         return table, np.empty((0, 1), np.float16)
-    vectors = np.lib.format.open_memmap(file, "w+", np.float16, (len(table), arrays[0].shape[1]))
-    place = np.argsort(order)  # row as it comes → where it belongs
+    vectors = np.lib.format.open_memmap(file, "w+", np.float16, (len(order), arrays[0].shape[1]))
+    place = np.full(len(table), -1)  # row as it comes → where it belongs
+    place[order] = np.arange(len(order))
     done = 0
     for array, good in zip(arrays, goods, strict=True):
-        vectors[place[done : done + len(good)]] = array[good]
+        here = place[done : done + len(good)]
+        vectors[here[here >= 0]] = array[good[here >= 0]]
         done += len(good)
     return table[order], vectors

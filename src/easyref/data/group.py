@@ -5,7 +5,8 @@ subject: one concept drawn in several styles · person: one style, gender and sk
 style: one set of drawings and one Unicode category · given: what the source says belongs together (folder, column, entry).
 
 Learned from embeddings (data/learned.py):
-subject: what is drawn is alike, in detected subjects where there are any · style: how it is drawn · tag: what the captions say.
+subject: what is drawn is alike, in detected subjects where there are any · style: how it is drawn · tag: what the captions say ·
+identity: whose face it is, the largest of each image.
 """
 
 from __future__ import annotations
@@ -44,7 +45,13 @@ def group_stage(params: Params, data: Path, metrics: Path, work: Path) -> pl.Dat
     return table
 
 
-SPACE = {"subject": "subject", "style": "style", "tag": "text"}  # of the embeddings, by kind of learned group
+#: By kind of learned group: the space of its vectors, and the parts that have one; the first part that is there counts.
+LEARNED_FROM = {
+    "subject": ("subject", ("subject", "image")),
+    "style": ("style", ("image",)),
+    "tag": ("text", ("image",)),
+    "identity": ("face", ("face",)),
+}
 
 
 def label_groups(images: pl.DataFrame, params: Group) -> pl.DataFrame:
@@ -57,16 +64,20 @@ Space = tuple[list[str], Array]  # of each row the image, and its vector [N, E]
 
 
 def read_spaces(embeddings: Path, kinds: list[str], work: Path) -> dict[str, Space]:
-    """By kind, the vectors that its groups are learned from: of detected subjects where there are any, else of whole images."""
+    """By kind, the vectors that its groups are learned from. Those of faces stay as they are: ArcFace is trained for their cosines."""
     work.mkdir(parents=True, exist_ok=True)
     spaces: dict[str, Space] = {}
     for kind in kinds:
-        rows = work / "rows.npy"
-        table, vectors = read_space(embeddings, SPACE[kind], "subject", rows)
-        if not len(table):
-            table, vectors = read_space(embeddings, SPACE[kind], "image", rows)
+        space, parts = LEARNED_FROM[kind]
+        rows = work / f"{space}-rows.npy"
+        for part in parts:
+            table, vectors = read_space(embeddings, space, part, rows, largest=part == "face")
+            if len(table):
+                break
         if len(table) > 1:
-            spaces[kind] = table["sha256"].to_list(), spread(vectors, work / f"{kind}.npy")
+            spaces[kind] = table["sha256"].to_list(), vectors if space == "face" else spread(vectors, work / f"{kind}.npy")
+        elif space == "face":
+            print(f"{kind}: no faces in {embeddings}; set embed.faces and embed again, or leave {kind} out of group.likeness")
     return spaces
 
 

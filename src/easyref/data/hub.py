@@ -1,4 +1,4 @@
-"""The extractors of the stage `embed`: what comes inside (Lite0, MiniLM), or models of the hub by transformers.
+"""The extractors of the stage `embed`: what comes inside (Lite0, MiniLM), models of the hub by transformers, faces by ONNX files.
 
 Letters: N items · E width.
 """
@@ -6,7 +6,6 @@ Letters: N items · E width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from PIL import Image
 from easyref.config import Embed, Model, Subjects
 from easyref.data.embed import Box, Extractors
 from easyref.data.extractors import Array, Lite0, MiniLM
+from easyref.data.faces import Faces
 
 
 def make_extractors(p: Embed) -> Extractors:
@@ -26,7 +26,8 @@ def make_extractors(p: Embed) -> Extractors:
         return (images(items) if images else deep), shallow
 
     texts = HubTexts(p.texts, p.batch) if p.texts else MiniLM(batch=p.batch)
-    return Extractors(both, texts, HubSubjects(p.subjects) if p.subjects else None, images or lite0)
+    subjects = HubSubjects(p.subjects) if p.subjects else None
+    return Extractors(both, texts, subjects, images or lite0, Faces(p.faces) if p.faces else None)
 
 
 def _load(auto: str, model: Model) -> Any:
@@ -101,20 +102,3 @@ class HubSubjects:
             if (right - left) * (bottom - top) >= max(1.0, self.p.min_share * image.width * image.height) and right > left:
                 boxes.append(Box(left, top, right, bottom, score))
         return boxes[: self.p.max_boxes]
-
-
-class ArcFace:
-    """Images of aligned faces → [N, E] by an ArcFace ONNX file (arXiv 1801.07698): 112×112, RGB, -1..1. Finds and turns no face."""
-
-    def __init__(self, path: Path) -> None:
-        import onnxruntime
-
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such ONNX file; set mrbench.face to one, or to null")
-        self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        self.input = self.session.get_inputs()[0].name
-
-    def __call__(self, items: Sequence[Image.Image]) -> Array:
-        small = [np.asarray(i.convert("RGB").resize((112, 112), Image.Resampling.BICUBIC), np.float32) for i in items]
-        pixels_N3HW = np.stack(small).transpose(0, 3, 1, 2) / 127.5 - 1
-        return np.concatenate([self.session.run(None, {self.input: one[None]})[0] for one in pixels_N3HW])

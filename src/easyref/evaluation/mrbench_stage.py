@@ -76,7 +76,8 @@ def about(place: Place, painters: dict[str, Painter]) -> dict[str, str]:
 
 def similarity(params: Params) -> list[Similarity]:
     """The configured models, loaded."""
-    from easyref.data.hub import ArcFace, HubImages, HubTexts
+    from easyref.data.faces import ArcFace
+    from easyref.data.hub import HubImages, HubTexts
 
     p, found = params.mrbench, []
     if p.clip:
@@ -84,5 +85,5 @@ def similarity(params: Params) -> list[Similarity]:
     if p.dino:
         found.append(Similarity("dino", HubImages(p.dino), None))
     if p.face:
-        found.append(Similarity("face", ArcFace(Path(p.face)), None))
+        found.append(Similarity("face", ArcFace(Path(p.face), "mrbench.face"), None))
     return found
