@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from copy import copy
 from dataclasses import replace
 from itertools import pairwise, permutations
 from pathlib import Path
@@ -20,7 +21,7 @@ from easyref.data.dataset import SWAPS, TrainingImages
 from easyref.data.frames import Framing
 from easyref.data.shards import write_shard
 from easyref.images import to_png
-from easyref.records import IMAGE_COLUMNS, write_table
+from easyref.records import IMAGE_COLUMNS, sha256_json, write_table
 from easyref.training.ahead import ahead
 from easyref.training.align import seen_labels
 from easyref.training.inputs import NULL, Inputs, Sample, Sampler, Seen, microbatches, open_store
@@ -164,6 +165,61 @@ def test_crops_are_drawn_from_a_few_places_and_change_no_other_draw(params: Para
     np.testing.assert_allclose(shares, 1 / 3, atol=0.04)
     with pytest.raises(ValueError, match="keep_aspect leaves nothing to choose for crops 3"):
         type(p)(**(p.model_dump() | {"crops": 3, "keep_aspect": True}))
+
+
+@pytest.fixture
+def faces(heap: TrainingImages) -> TrainingImages:
+    """Two of the images have a face, not in the middle."""
+    found = copy(heap)
+    found.faces = {1: (60, 10, 76, 30), 3: (30, 100, 50, 116)}
+    return found
+
+
+def test_a_share_of_faces_is_its_own_reference_and_no_other_draw_changes(params: Params, images: TrainingImages) -> None:
+    some = copy(images)
+    some.faces = {i: (10, 20, 30, 40) for i in range(0, len(images.sha256s), 2)}
+    p = params.finetune_multi
+    plain, faced = (Sampler(some, p.model_copy(update={"face_share": share}), 0, "test") for share in (0.0, 0.4))
+    samples = [faced(n) for n in NUMBERS]
+    assert [replace(sample, face=None) for sample in samples] == [plain(n) for n in NUMBERS]
+    possible = [s for s in samples if s.references == (s.target,) and s.target in some.faces]
+    seen = [s.face for s in possible if s.face]
+    assert sum(s.face is not None for s in samples) == len(seen) and len(seen) / len(possible) == pytest.approx(0.4, abs=0.06)
+    assert {f.frame.size[0] for f in seen if f.frame} <= set(range(20, 41)) and len({f.frame for f in seen}) > 15
+    turned = [s.face.view >= len(SWAPS) for s in possible if s.face]
+    assert np.mean(turned) == pytest.approx(0.5, abs=0.12)
+    assert all(s.face.view % len(SWAPS) == s.view % len(SWAPS) for s in possible if s.face)  # colours as in the target
+    with pytest.raises(ValueError, match=r"test.face_share 0.4: no face is known .* set embed.faces"):
+        Sampler(images, p.model_copy(update={"face_share": 0.4}), 0, "test")
+
+
+def test_a_face_that_is_the_reference_is_cut_from_the_image_as_it_is_seen(params: Params, faces: TrainingImages) -> None:
+    """Against pixels cut first and mirrored afterwards; its key is of the image, the part and the view."""
+    models = load_models(params, Path("models"), None, "fp32")
+    inputs = Inputs(models, faces, frozen_prefix=True)
+    p = params.finetune_single.model_copy(update={"face_share": 1.0, "drop_image": 0.0, "drop_both": 0.0, "mirror": 0.5})
+    sampler = Sampler(faces, p, 0, "faces")
+    samples = [s for s in map(sampler, range(200)) if s.target == 3]
+    assert {s.face.view // len(SWAPS) for s in samples if s.face} == {0, 1} and len(samples) > 10
+    keys = set()
+    for sample in samples:
+        assert sample.face and sample.face.frame and sample.references == (3,)
+        (seen,) = inputs.references(sample)
+        side = sample.face.frame.size[0]
+        left, top = min(max(40 - side / 2, 0), 64 - side), 108 - side / 2
+        plain = faces.store.image(faces.sha256s[3]).crop((round(left), round(top), round(left) + side, round(top) + side))
+        pixels = np.asarray(plain)[..., list(SWAPS[seen.view % len(SWAPS)])]
+        found = np.asarray(inputs._picture(seen))
+        wanted = pixels[:, ::-1] if seen.view >= len(SWAPS) else pixels
+        assert found.shape == wanted.shape
+        if side % 2 == 0:  # else its middle is between two pixels, and which is taken depends on the side
+            assert np.array_equal(found, wanted)
+        keys.add(sha256_json(inputs._key(seen)))
+        assert inputs.target(sample).view == sample.view and inputs.size(sample) == (64, 64)
+    assert len(keys) == len({s.face for s in samples})
+    inputs.load(samples[0])
+    tokens = [inputs.reference_tokens([s])[0] for s in (samples[0], replace(samples[0], face=None))]
+    assert (tokens[0] - tokens[1]).abs().max() > 1e-3
 
 
 def test_microbatches_have_one_size_and_like_numbers_of_references(params: Params, heap: TrainingImages) -> None:

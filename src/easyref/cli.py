@@ -73,11 +73,13 @@ def split(params: ParamsFile = PARAMS) -> None:
     from easyref.config import load_params
     from easyref.data.shards import ImageStore
     from easyref.data.split import split_images
-    from easyref.records import atomic_folder, read_table, write_table
+    from easyref.records import FACE_COLUMNS, atomic_folder, read_table, write_table
 
     values = load_params(params)
-    groups = read_table(DATA / "groups" / "groups.parquet")
-    tables = split_images(ImageStore(DATA / "images"), groups, values.split, values.seed)
+    groups, faces = DATA / "groups" / "groups.parquet", DATA / "groups" / "faces.parquet"
+    tables = split_images(ImageStore(DATA / "images"), read_table(groups), values.split, values.seed)
+    if faces.exists():
+        tables["faces"] = read_table(faces, FACE_COLUMNS)
     with atomic_folder(DATA / "split") as folder:
         for name, table in tables.items():
             write_table(folder / f"{name}.parquet", table)

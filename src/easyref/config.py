@@ -43,6 +43,27 @@ class IngestLimits(Section):
     workers: PositiveInt
 
 
+class Model(Section):
+    """A model of the hub at a pinned revision, or a folder (revision null)."""
+
+    id: str
+    revision: str | None
+
+
+class Score(Model):
+    """A transformers image classifier, and how much of `label` an image may have: a probability, or what a model of one label says."""
+
+    label: str
+    min: float | None
+    max: float | None
+
+    @model_validator(mode="after")
+    def _limits(self) -> Score:
+        if self.min is None and self.max is None:
+            raise ValueError("min and max are null; give one of them")
+        return self
+
+
 class Ingest(Section):
     source: Literal["emoji", "folder", "tar", "table", "upstream"]
     path: str | None  # of the folder, the tar file or folder of tars, the table, the JSON; emoji has none
@@ -50,19 +71,15 @@ class Ingest(Section):
     palette: int = Field(ge=2, le=256)  # PNG colours of emoji
     shard_images: PositiveInt
     limits: IngestLimits
+    scores: dict[Literal["nsfw", "aesthetic", "watermark"], Score] = {}  # by the reason why an image is not taken
 
     @model_validator(mode="after")
     def _path(self) -> Ingest:
         if (self.source == "emoji") != (self.path is None):
             raise ValueError("path belongs to every source but emoji; give it, or path: null")
+        if self.source == "emoji" and self.scores:
+            raise ValueError("scores are of a heap's images, emoji are drawn; leave them out")
         return self
-
-
-class Model(Section):
-    """A model of the hub at a pinned revision, or a folder (revision null)."""
-
-    id: str
-    revision: str | None
 
 
 class Subjects(Model):
@@ -276,6 +293,7 @@ class Samples(Optimisation):
     swap_colours: float = Share  # of the samples, whose images all get red, green and blue in another order
     mirror: float = Share  # of the samples, whose images are all mirrored
     keep_aspect: bool = False  # of the target, on about ingest.size² pixels; else its largest square (data/frames.py)
+    face_share: float = Field(default=0.0, ge=0, le=1)  # of the targets with a face that are their own reference: only the face is
     crops: PositiveInt = 1  # places of that square along the longer side, from edge to edge; 1: the middle
 
     @model_validator(mode="after")

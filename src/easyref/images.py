@@ -21,6 +21,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 Reason = Literal[
     "missing", "empty", "bytes", "format", "pixels", "small", "aspect", "frames", "metadata", "broken",
     "timeout", "crash", "duplicate", "near_duplicate", "member", "tar", "record",
+    "nsfw", "aesthetic", "watermark",
 ]  # fmt: skip
 
 

@@ -28,6 +28,8 @@ IMAGE_COLUMNS = (
 REJECT_COLUMNS = ("name", "reason", "detail")
 #: rows-*.parquet of the embeddings: one row a part (image, subject, face) of an image, with its box in pixels.
 ROW_COLUMNS = ("sha256", "part", "left", "top", "right", "bottom", "score")
+#: faces.parquet of images, groups and split, where there are any: the box in pixels of an image's face, of several the largest.
+FACE_COLUMNS = ("sha256", "left", "top", "right", "bottom")
 #: groups.parquet: one row a group of images that share something; `members` is a list of sha256.
 GROUP_COLUMNS = ("group_id", "kind", "split", "members")
 #: samples.parquet: one row a leave-one-out sample (method.md §5): references → target under `prompt`.

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from easyref.data.dataset import centre
-from easyref.data.frames import Framing
+from easyref.data.frames import Framing, face_frame
 
 SIZES = [(64, 64), (1024, 1536), (1500, 1024), (1024, 4096), (3000, 1024), (1024, 1025), (700, 512)]
 
@@ -47,3 +47,20 @@ def test_squares_reach_from_edge_to_edge_and_the_middle_one_is_the_usual() -> No
     assert np.array_equal(np.asarray(frames[1].cut(image)), np.asarray(centre(image)))
     with pytest.raises(ValueError, match="an image is 64x64, its table says 101x64"):
         frames[0].cut(ramp(64, 64))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (90, 64), (64, 120)])
+def test_the_square_around_a_face_grows_to_all_sides_and_stays_inside(size: tuple[int, int]) -> None:
+    image = np.asarray(ramp(*size), float)
+    for box in ((20, 30, 32, 46), (0, 0, 10, 8), (50, 58, 64, 64), (0, 10, 64, 20), (28, 0, 36, 64)):
+        square = max(box[2] - box[0], box[3] - box[1])
+        for grow in (0.0, 0.25, 0.49):
+            frame = face_frame(size, box, grow)
+            side = min(round(square * (1 + 2 * grow)), *size)
+            (top, left), cut = frame.corner, np.asarray(frame.cut(ramp(*size)))
+            assert frame.size == (side, side) and np.array_equal(cut, image[top : top + side, left : left + side])
+            for at, low, high, length in ((left, box[0], box[2], size[1]), (top, box[1], box[3], size[0])):
+                assert 0 <= at <= length - side
+                if at not in (0, length - side):
+                    assert abs(at + side / 2 - (low + high) / 2) <= 1
+                assert at <= low + 1 and at + side >= high - 1  # the face is in it

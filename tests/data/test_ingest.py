@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+import torch
 import yaml
 from PIL import Image, ImageCms, PngImagePlugin
 from typer.testing import CliRunner
 
 from easyref.cli import app
-from easyref.config import Ingest, Params, load_params
+from easyref.config import Ingest, Params, Score, load_params
 from easyref.data import check, ingest
 from easyref.data.dataset import TrainingImages
 from easyref.data.group import label_groups
@@ -339,11 +340,19 @@ def test_tables_of_paths_and_captions(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "what"), [("{}", ""), ('[{"target": "a.png"}]', "KeyError"), ("[1]", "TypeError"), ("[", "JSONDecode")]
+    ("text", "what"),
+    [
+        ("{}", ""),
+        ('[{"target": "a.png"}]', "KeyError"),
+        ("[1]", "TypeError"),
+        ("[", "JSONDecode"),
+        ('[{"target": "a.png", "text": "", "face": [[1, 2, 3]]}]', "a face has four numbers"),
+        ('[{"target": "a.png", "text": "", "face": [[1, 2, 3, NaN]]}]', "a face has four numbers"),
+    ],
 )
 def test_what_is_no_upstream_json_is_said(tmp_path: Path, text: str, what: str) -> None:
     (tmp_path / "data.json").write_text(text)
-    with pytest.raises(ValueError, match=f"not a list of target, image_file and text.*{what}|not usable"):
+    with pytest.raises(ValueError, match=f"not a list of target, image_file, face and text.*{what}|not usable"):
         ingest.ingest(settings("upstream", tmp_path / "data.json"), tmp_path / "images", tmp_path / "work")
 
 
@@ -393,3 +402,81 @@ def test_folders_of_numbered_files_are_things_of_their_own(tmp_path: Path) -> No
     groups = label_groups(store.table, params.group.model_copy(update={"kinds": ["given"]}))
     tables = split_images(store, groups, params.split.model_copy(update={"held_out_share": 0.25}), 0)
     assert {"train", "held_out"} <= set(tables["groups"]["split"]) and "held_out" in set(tables["samples"]["split"])
+
+
+def test_faces_of_the_upstream_json_reach_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By `easyref group` and `easyref split`: boxes in pixels of the files, half as large where images are stored at half size."""
+    entries = []
+    for group in range(8):
+        names = [f"{group}-{i}.png" for i in range(4)]
+        for i, name in enumerate(names):
+            (tmp_path / name).write_bytes(encoded(picture(100 * group + i, 80, 64)))
+            face = [[10 + group, 20, 30.6 + group, 44, 0.99], [0, 0, 9, 9]]
+            entry = {"target": name, "image_file": [n for n in names if n != name], "text": f"person {group}"}
+            entries.append(entry | ({"face": face} if i else {}))
+    (tmp_path / "turned.jpg").write_bytes(encoded(picture(990, 64, 80), "JPEG", exif=exif(6)))
+    (tmp_path / "outside.png").write_bytes(encoded(picture(991, 80, 64)))
+    entries += [{"target": name, "text": "", "face": [[90, 10, 99, 30]]} for name in ("turned.jpg", "outside.png")]
+    (tmp_path / "data.json").write_text(json.dumps(entries))
+    values = yaml.safe_load(Path("presets/nano.yaml").read_text())
+    values["ingest"] |= {"source": "upstream", "path": "data.json", "size": SIZE}
+    values["group"] |= {"kinds": ["given"]}
+    values["split"] |= {"held_out_share": 0.25, "held_out_groups": 1, "held_in_groups": 1, "samples_per_group": 1}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "data" / "embeddings").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for stage in ("ingest", "group", "split"):
+        done = CliRunner().invoke(app, [stage], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+    rejects = read_table("data/images/rejects.parquet")
+    assert rejects.select("name", "reason").rows() == [("outside.png", "record")] and "is not inside of it" in rejects["detail"][0]
+    images = TrainingImages(Path("data"))
+    for i, label in enumerate(images.labels):
+        name = label["source"]
+        if name == "turned.jpg" or name[2] == "0":
+            assert i not in images.faces  # none given, or of an image that was turned
+        else:
+            left = 10 + int(name[0])
+            assert images.faces[i] == (round(left / 2), 10, round((left + 20.6) / 2), 22)
+    assert len(images.faces) > 12
+
+
+@pytest.mark.parametrize("kind", ["single_label_classification", "multi_label_classification", "regression"])
+def test_scores_reject_what_the_model_says(tmp_path: Path, kind: str) -> None:
+    """Two tiny classifiers in transformers' form, untrained; what they say is asked of transformers itself."""
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+    torch.manual_seed(0)
+    names = ["score"] if kind == "regression" else ["normal", "nsfw", "drawing"]
+    size = dict.fromkeys(("hidden_size", "intermediate_size", "image_size"), 16) | {"patch_size": 8}
+    size |= {"num_hidden_layers": 1, "num_attention_heads": 2}
+    config = ViTConfig(**size, id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)}, problem_type=kind)
+    model = ViTForImageClassification(config).eval()
+    torch.nn.init.normal_(model.classifier.weight, std=0.3)
+    model.save_pretrained(tmp_path / "model")
+    processor = ViTImageProcessor(size={"height": 16, "width": 16})
+    processor.save_pretrained(tmp_path / "model")
+    pictures = [picture(i, SIZE, SIZE) for i in range(70)]
+    (tmp_path / "heap").mkdir()
+    for i, image in enumerate(pictures):
+        (tmp_path / "heap" / f"{i:02d}.png").write_bytes(encoded(image))
+    (tmp_path / "heap" / "text.png").write_bytes(b"this is no image")
+    with torch.inference_mode():
+        logits = model(**processor(images=pictures, return_tensors="pt")).logits
+    outputs = {"single": logits.softmax(1), "multi": logits.sigmoid(), "regression": logits}
+    said = outputs[kind.split("_", maxsplit=1)[0]][:, -1].tolist()
+    low, high = ((a + b) / 2 for a, b in (sorted(said)[19:21], sorted(said)[49:51]))
+    given = {"id": str(tmp_path / "model"), "revision": None, "label": names[-1]}
+    scores = {"nsfw": Score(**given, min=None, max=high), "aesthetic": Score(**given, min=low, max=None)}
+    params = settings("folder", tmp_path / "heap")
+    params = params.model_copy(update={"ingest": params.ingest.model_copy(update={"scores": scores})})
+    counts = ingest.ingest(params, tmp_path / "images", tmp_path / "work")
+    assert counts == {"images": 30, "rejected: nsfw": 20, "rejected: aesthetic": 20, "rejected: format": 1}
+    rejects = read_table(tmp_path / "images" / "rejects.parquet")
+    for reason, wrong in (("nsfw", lambda s: s > high), ("aesthetic", lambda s: s < low)):
+        assert rejects.filter(reason=reason)["name"].to_list() == [f"{i:02d}.png" for i, s in enumerate(said) if wrong(s)]
+    name, _, detail = rejects.filter(reason="nsfw").row(0)
+    assert detail == f"{name}: nsfw {said[int(name[:2])]:.3f} is not from -inf to {high:g} (ingest.scores.nsfw)"
+    wrong_label = params.ingest.model_copy(update={"scores": {"nsfw": Score(**given | {"label": "sfw"}, min=None, max=high)}})
+    with pytest.raises(ValueError, match=rf"^ingest.scores.nsfw.label = 'sfw': .* knows {', '.join(names)}; name one of them$"):
+        ingest.ingest(params.model_copy(update={"ingest": wrong_label}), tmp_path / "images", tmp_path / "work")

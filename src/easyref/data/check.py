@@ -31,6 +31,7 @@ class Checked:
     original: str  # sha256 of the bytes as they came
     look: bytes  # 64-bit difference hash
     thumbnail: bytes  # RGB, 16×16
+    face: list[int] | None = None  # left, top, right, bottom in pixels, where the source gives it and EXIF turns nothing
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,22 @@ def check(found: Found, size: int, limits: IngestLimits) -> Checked | Rejected:
         image = open_image(data, found.name, image_limits(limits))
         with Image.open(io.BytesIO(data)) as raw:
             kept = raw.mode == "RGB" and min(raw.size) == size and raw.size == image.size and raw.info.get("icc_profile") is None
-            kept = kept and raw.getexif().get(0x0112, 1) == 1 and getattr(raw, "n_frames", 1) == 1
+            turned = raw.getexif().get(0x0112, 1) != 1
+            kept = kept and not turned and getattr(raw, "n_frames", 1) == 1
             kind = raw.format or ""
-        if min(image.size) != size:
-            scale = size / min(image.size)
+        scale = size / min(image.size)
+        if scale != 1:
             shape = [max(size, round(side * scale)) for side in image.size]
             image = image.resize((shape[0], shape[1]), Image.Resampling.LANCZOS)
     except ImageError as error:
         return Rejected(error.reason, str(error))
     except MemoryError:
         return Rejected("crash", f"{found.name}: more memory than memory_mib {limits.memory_mib}; shrink it")
+    face = None
+    if found.face and not turned:
+        face = [min(max(0, round(at * scale)), most) for at, most in zip(found.face, image.size * 2, strict=True)]
+        if face[0] >= face[2] or face[1] >= face[3]:
+            return Rejected("record", f"{found.name}: its face {found.face} is not inside of it; correct it, or leave it out")
     gray = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
     look = np.packbits(gray[:, 1:] > gray[:, :-1]).tobytes()
     thumbnail = np.asarray(image.resize((16, 16), Image.Resampling.BOX)).tobytes()
@@ -68,7 +75,7 @@ def check(found: Found, size: int, limits: IngestLimits) -> Checked | Rejected:
         stored, suffix = buffer.getvalue(), "jpg"
     else:
         stored, suffix = to_png(image), "png"
-    return Checked(stored, suffix, image.width, image.height, sha256_bytes(data), look, thumbnail)
+    return Checked(stored, suffix, image.width, image.height, sha256_bytes(data), look, thumbnail, face)
 
 
 def image_limits(limits: IngestLimits) -> Limits:

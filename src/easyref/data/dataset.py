@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from easyref.data.frames import Corners
 from easyref.data.shards import ImageStore
-from easyref.records import read_table, sha256_json
+from easyref.records import FACE_COLUMNS, read_table, sha256_json
 
 
 def centre(image: Image.Image) -> Image.Image:
@@ -53,7 +54,14 @@ class TrainingImages:
             place = {s: i for i, s in enumerate(self.sha256s)}
             table = read_table(data / "split" / "groups.parquet").filter(split="train").sort("group_id")
             self.groups = [(g["kind"], [place[m] for m in g["members"]]) for g in table.iter_rows(named=True)]
-        self.content = sha256_json([self.sha256s, self.groups])
+        self.faces = self._faces(data / "split" / "faces.parquet")
+        self.content = sha256_json([self.sha256s, self.groups, *([self.faces] if self.faces else [])])
+
+    def _faces(self, path: Path) -> dict[int, Corners]:
+        """Image → box of its face, of those that have one."""
+        table = read_table(path, FACE_COLUMNS).select(FACE_COLUMNS) if path.exists() else None
+        boxes = {sha256: corners for sha256, *corners in table.iter_rows()} if table is not None else {}
+        return {i: tuple(boxes[s]) for i, s in enumerate(self.sha256s) if s in boxes}
 
     @cached_property
     def pixels(self) -> np.ndarray:

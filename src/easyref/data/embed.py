@@ -30,7 +30,16 @@ from PIL import Image
 from easyref.config import Embed
 from easyref.data.shards import read_image
 from easyref.progress import track
-from easyref.records import IMAGE_COLUMNS, ROW_COLUMNS, atomic_folder, read_table, remove_folder, sha256_json, write_table
+from easyref.records import (
+    FACE_COLUMNS,
+    IMAGE_COLUMNS,
+    ROW_COLUMNS,
+    atomic_folder,
+    read_table,
+    remove_folder,
+    sha256_json,
+    write_table,
+)
 
 Array = np.ndarray[Any, np.dtype[Any]]
 SPACES = ("subject", "style", "text", "face")
@@ -199,6 +208,18 @@ def _ahead(load: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
             yield ready.result()
 
 
+def largest_faces(folder: Path) -> pl.DataFrame:
+    """Of each image that has faces the box of the largest: FACE_COLUMNS."""
+    tables = [read_table(file, ROW_COLUMNS).filter(part="face") for file in sorted(folder.glob("rows-*.parquet"))]
+    return _largest(pl.concat([pl.DataFrame(schema=SCHEMA), *tables]).sort("sha256", "left", "top")).select(FACE_COLUMNS)
+
+
+def _largest(rows: pl.DataFrame) -> pl.DataFrame:
+    """Of each image the row of the largest area, of equal ones the first; sorted by image."""
+    area = (pl.col("right") - pl.col("left")) * (pl.col("bottom") - pl.col("top"))
+    return rows.sort("sha256", -area, maintain_order=True).unique("sha256", keep="first", maintain_order=True)
+
+
 def read_space(folder: Path, space: str, part: str, file: Path, largest: bool = False) -> tuple[pl.DataFrame, Array]:
     """Rows of `part` that have a finite vector in `space`, sorted by image and place, and their vectors float16 [N, E] on disk.
     `largest`: of an image only the one of the largest area."""
@@ -215,9 +236,7 @@ def read_space(folder: Path, space: str, part: str, file: Path, largest: bool = 
         goods.append(good)
     table = pl.concat(tables, how="vertical_relaxed")
     rows = table.with_row_index().sort("sha256", "left", "top", "right", "bottom", "index")
-    if largest:
-        area = (pl.col("right") - pl.col("left")) * (pl.col("bottom") - pl.col("top"))
-        rows = rows.sort("sha256", -area, maintain_order=True).unique("sha256", keep="first", maintain_order=True)
+    rows = _largest(rows) if largest else rows
     order = rows["index"].to_numpy()
     if not len(order):
         return table, np.empty((0, 1), np.float16)

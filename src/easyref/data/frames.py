@@ -1,4 +1,5 @@
-"""Which part of an image is a training target, and at which size: the largest square at one of a few places, or nearly all of it.
+"""Which part of an image is a training target, and at which size: the largest square at one of a few places, or nearly all of it; and
+the square around its face.
 
 Sizes are (height, width) in pixels. Images whose frames have the same size make a batch.
 """
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 Size = tuple[int, int]
+Corners = tuple[int, int, int, int]  # left, top, right, bottom
 
 
 @dataclass(frozen=True)
@@ -52,3 +54,14 @@ class Framing:
         fill = max(size[0] / height, size[1] / width)
         scaled = (max(size[0], round(height * fill)), max(size[1], round(width * fill)))
         return Frame(original, scaled, ((scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2), size)
+
+
+def face_frame(original: Size, face: Corners, grow: float) -> Frame:
+    """The square around a face (method.md §4): each side of its box's square moves out by the share `grow` of it. It stays inside the
+    image, moved or, where the image is too small, smaller."""
+    left, top, right, bottom = face
+    square = max(right - left, bottom - top)
+    side = min(round(square * (1 + 2 * grow)), *original)
+    middle = ((top + bottom) / 2, (left + right) / 2)
+    corner = tuple(min(max(round(m - side / 2), 0), length - side) for m, length in zip(middle, original, strict=True))
+    return Frame(original, original, (corner[0], corner[1]), (side, side))

@@ -20,16 +20,17 @@ import polars as pl
 
 from easyref.config import Group, Params
 from easyref.data.captions import GIVEN
-from easyref.data.embed import read_space
+from easyref.data.embed import largest_faces, read_space
 from easyref.data.learned import learn_groups, pair_scores, spread
 from easyref.data.neighbours import Array, kmeans, nearest
-from easyref.records import GROUP_COLUMNS, IMAGE_COLUMNS, read_table, write_json, write_table
+from easyref.records import FACE_COLUMNS, GROUP_COLUMNS, IMAGE_COLUMNS, read_table, write_json, write_table
 
 KEYS = {"subject": ("concept", "gender"), "person": ("style", "gender", "tone"), "style": ("style", "category"), "given": ("concept",)}
 
 
 def group_stage(params: Params, data: Path, metrics: Path, work: Path) -> pl.DataFrame:
-    """Write `groups/groups.parquet`, and what learned groups are worth against the labels, where there are labels, to `metrics`."""
+    """Write `groups/groups.parquet`, where there are faces `groups/faces.parquet`, and, where there are labels, what learned groups are
+    worth against them to `metrics`."""
     p = params.group
     labelled = label_groups(read_table(data / "images" / "images.parquet", IMAGE_COLUMNS), p)
     kinds = set(p.likeness) if p.by == "embeddings" else set(p.likeness) & set(labelled["kind"])
@@ -39,10 +40,24 @@ def group_stage(params: Params, data: Path, metrics: Path, work: Path) -> pl.Dat
     table = labelled.with_columns(cohesion=pl.lit(None, pl.Float64)) if p.by == "labels" else learned
     if not len(table):
         raise ValueError(f"{data}: no groups of {p.by}; lower group.min_members or the thresholds, or set group.by to the other")
+    faces = face_boxes(data)
+    if len(faces):
+        write_table(data / "groups" / "faces.parquet", faces)
+    else:
+        (data / "groups" / "faces.parquet").unlink(missing_ok=True)
     write_table(data / "groups" / "groups.parquet", table)
     write_json(metrics, scores)
     shutil.rmtree(work, ignore_errors=True)
     return table
+
+
+def face_boxes(data: Path) -> pl.DataFrame:
+    """Of each image that has a face the box that the source gives, else that of the largest that was found: FACE_COLUMNS."""
+    found, given = largest_faces(data / "embeddings"), data / "images" / "faces.parquet"
+    if given.exists():
+        said = read_table(given, FACE_COLUMNS).select(FACE_COLUMNS).cast({name: pl.Int32 for name in FACE_COLUMNS[1:]})
+        found = pl.concat([said, found.filter(~pl.col("sha256").is_in(said["sha256"].to_list()))]).sort("sha256")
+    return found
 
 
 #: By kind of learned group: the space of its vectors, and the parts that have one; the first part that is there counts.

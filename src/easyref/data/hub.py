@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from easyref.config import Embed, Model, Subjects
+from easyref.config import Embed, Model, Score, Subjects
 from easyref.data.embed import Box, Extractors
 from easyref.data.extractors import Array, Lite0, MiniLM
 from easyref.data.faces import Faces
@@ -102,3 +102,25 @@ class HubSubjects:
             if (right - left) * (bottom - top) >= max(1.0, self.p.min_share * image.width * image.height) and right > left:
                 boxes.append(Box(left, top, right, bottom, score))
         return boxes[: self.p.max_boxes]
+
+
+class HubScores:
+    """Images → how much of a label each has: its probability, or what a model with one label says."""
+
+    def __init__(self, p: Score, key: str) -> None:
+        self.processor, self.model = _load("AutoImageProcessor", p), _load("AutoModelForImageClassification", p)
+        labels = list(self.model.config.id2label.values())
+        if p.label not in labels:
+            raise ValueError(f"{key}.label = {p.label!r}: {p.id} knows {', '.join(labels)}; name one of them")
+        self.label, self.alone = labels.index(p.label), len(labels) == 1
+        self.several = self.model.config.problem_type == "multi_label_classification"
+
+    def __call__(self, items: Sequence[Image.Image]) -> list[float]:
+        import torch
+
+        with torch.inference_mode():
+            pixels = self.processor(images=list(items), return_tensors="pt")["pixel_values"].to(self.model.device)
+            logits_NK = self.model(pixel_values=pixels).logits.float()
+            if not self.alone:
+                logits_NK = logits_NK.sigmoid() if self.several else logits_NK.softmax(1)
+            return logits_NK[:, self.label].tolist()

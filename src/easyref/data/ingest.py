@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from itertools import islice
@@ -21,11 +22,13 @@ from easyref.config import Ingest, Params
 from easyref.data import emoji
 from easyref.data.captions import GIVEN, caption
 from easyref.data.check import Checked, Checker, Rejected
+from easyref.data.scores import Scores
 from easyref.data.shards import write_shard
 from easyref.data.sources import Found, from_folder, from_table, from_tars, from_upstream
 from easyref.images import Reason
 from easyref.progress import track
 from easyref.records import (
+    FACE_COLUMNS,
     IMAGE_COLUMNS,
     REJECT_COLUMNS,
     atomic_folder,
@@ -94,18 +97,18 @@ def _ingest_heap(p: Ingest, out: Path, work: Path) -> dict[str, int]:
         raise ValueError(f"{place}: no such {p.source}; set ingest.path")
     seen = _Seen(p.limits.near_duplicate_distance)
     parts: list[Path] = []
-    found = READERS[p.source](place)
+    found, scores = READERS[p.source](place), Scores(p)
     with Checker(p.size, p.limits) as checker:
         while chunk := list(islice(found, p.shard_images)):
             part = work / f"{len(parts):05d}"
             if not _done(part, key := _key(chunk, p, seen)):
-                _make_part(chunk, checker, seen, part, key)
+                _make_part(chunk, scores(chunk, checker(chunk)), seen, part, key)
             parts.append(part)
             seen.add(read_table(part / "images.parquet"))
     rejects = pl.concat([read_table(part / "rejects.parquet", REJECT_COLUMNS) for part in parts]) if parts else pl.DataFrame()
     reasons = Counter(rejects["reason"].to_list() if len(rejects) else [])
-    duplicates = reasons["duplicate"] + reasons["near_duplicate"]
-    bad, total = len(rejects) - duplicates, len(rejects) + seen.count
+    unwanted = sum(reasons[reason] for reason in ("duplicate", "near_duplicate", *p.scores))
+    bad, total = len(rejects) - unwanted, len(rejects) + seen.count
     if not seen.count or bad > p.limits.max_reject_share * total:
         if len(rejects):
             write_table(work / "rejects.parquet", rejects)
@@ -116,8 +119,12 @@ def _ingest_heap(p: Ingest, out: Path, work: Path) -> dict[str, int]:
         for part in parts:
             for shard in part.glob("*.tar"):
                 shutil.copy(shard, folder)
-        tables = [read_table(part / "images.parquet") for part in parts]
-        write_table(folder / "images.parquet", pl.concat([t for t in tables if len(t)]).select(IMAGE_COLUMNS))
+        images = pl.concat([read_table(part / "images.parquet") for part in parts])
+        write_table(folder / "images.parquet", images.select(IMAGE_COLUMNS))
+        faces = images.filter(pl.col("face").is_not_null())
+        if len(faces):
+            corners = [pl.col("face").list.get(i).alias(name) for i, name in enumerate(FACE_COLUMNS[1:])]
+            write_table(folder / "faces.parquet", faces.select("sha256", *corners))
         write_table(folder / "rejects.parquet", rejects)
     remove_folder(work)
     return {"images": seen.count, **{f"rejected: {reason}": n for reason, n in reasons.most_common()}}
@@ -166,19 +173,20 @@ def _key(chunk: list[Found], p: Ingest, seen: _Seen) -> str:
     limits = p.limits.model_dump(exclude={"max_reject_share", "workers"})
     there = [path for path in map(Path, sorted({f.file for f in chunk})) if path.exists()]
     files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in there]
-    return sha256_json([[asdict(f) for f in chunk], files, p.size, limits, seen.history])
+    scores = p.model_dump(include={"scores"})
+    return sha256_json([[asdict(f) for f in chunk], files, p.size, limits, scores, seen.history])
 
 
 def _done(part: Path, key: str) -> bool:
     return (part / "key.json").exists() and read_json(part / "key.json") == key
 
 
-def _make_part(chunk: list[Found], checker: Checker, seen: _Seen, part: Path, key: str) -> None:
-    """Check `chunk` and write one shard with its rows and rejects, all or nothing."""
+def _make_part(chunk: list[Found], checked: Iterable[Checked | Rejected], seen: _Seen, part: Path, key: str) -> None:
+    """Write one shard of what is good in `chunk`, with its rows and rejects, all or nothing."""
     new = _Seen(seen.distance)  # of this shard; `seen` gets it when it is whole
     good: list[tuple[Found, Checked]] = []
     rejects: list[tuple[str, str, str]] = []
-    for found, result in zip(chunk, track(checker(chunk), f"ingest {part.name}", len(chunk)), strict=True):
+    for found, result in zip(chunk, track(checked, f"ingest {part.name}", len(chunk)), strict=True):
         if isinstance(result, Rejected):
             rejects.append((found.name, result.reason, result.detail))
         elif reason := seen.duplicate(result) or new.duplicate(result):
@@ -193,7 +201,7 @@ def _make_part(chunk: list[Found], checker: Checker, seen: _Seen, part: Path, ke
             places = write_shard(shard, [image.data for _, image in good], [image.suffix for _, image in good])
             rows = [{**place, **_row(found, image)} for place, (found, image) in zip(places, good, strict=True)]
         schema: dict[str, Any] = {n: pl.Int64 if n in ("offset", "size", "width", "height") else pl.String for n in IMAGE_COLUMNS}
-        schema |= {"original": pl.String, "look": pl.Binary, "thumbnail": pl.Binary}
+        schema |= {"original": pl.String, "look": pl.Binary, "thumbnail": pl.Binary, "face": pl.List(pl.Int32)}
         write_table(folder / "images.parquet", pl.DataFrame(rows, schema=schema))
         write_table(folder / "rejects.parquet", pl.DataFrame(rejects, schema=dict.fromkeys(REJECT_COLUMNS, pl.String), orient="row"))
         write_json(folder / "key.json", key)
@@ -207,4 +215,5 @@ def _row(found: Found, image: Checked) -> dict[str, Any]:
         **dict.fromkeys(LABELS, ""), "concept": found.group or found.name, "subject": words,
         "category": GIVEN if found.group else "", "caption": words, "licence": found.licence or "unknown", "source": found.name,
         "width": image.width, "height": image.height, "original": image.original, "look": image.look, "thumbnail": image.thumbnail,
+        "face": image.face,
     }  # fmt: skip

@@ -7,6 +7,7 @@ so that every image of the source ends as a row of images.parquet or of rejects.
 from __future__ import annotations
 
 import json
+import math
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ class Found:
     caption: str = ""
     group: str = ""
     licence: str = ""
+    face: tuple[float, ...] | None = None  # left, top, right, bottom in pixels of the file, as it is before EXIF turns it
     refused: tuple[Reason, str] | None = None
 
     def read(self, max_bytes: int) -> bytes:
@@ -115,7 +117,7 @@ def _members(path: Path, tar: tarfile.TarFile) -> Iterator[Found]:
         values = beside.get(key, {})
         yield Found(
             f"{path.name}/{member.name}", str(path), member.offset_data, member.size, str(values.get("caption", "")),
-            str(values.get("group", "")), str(values.get("licence") or values.get("license") or ""), values.get("refused"),
+            str(values.get("group", "")), str(values.get("licence") or values.get("license") or ""), refused=values.get("refused"),
         )  # fmt: skip
     with open(path, "rb") as file:  # tarfile takes a broken header for the end of the archive
         file.seek(tar.offset)
@@ -166,9 +168,9 @@ def from_table(path: Path) -> Iterator[Found]:
 
 
 def from_upstream(path: Path) -> Iterator[Found]:
-    """Images of the JSON that the published training code reads: a list of `{target, image_file, text}`, paths relative to the file.
-    All images of an entry are of one group, and entries that share an image too. `text` is the caption of the target, and of a
-    reference that is never a target.
+    """Images of the JSON that the published training code reads: a list of `{target, image_file, face, text}`, paths relative to the
+    file. All images of an entry are of one group, and entries that share an image too. `text` is the caption of the target, and of a
+    reference that is never a target; the first box in `face` is of the target.
 
     Raises:
         ValueError: not such a JSON.
@@ -177,9 +179,11 @@ def from_upstream(path: Path) -> Iterator[Found]:
         entries = json.loads(path.read_text())
         sets = [[entry["target"], *_listed(entry.get("image_file", []))] for entry in entries]
         texts = {entry["target"]: (_listed(entry["text"]) or [""])[0] for entry in entries}
+        faces = {entry["target"]: tuple(map(float, entry["face"][0][:4])) for entry in entries if entry.get("face")}
+        assert all(len(corners) == 4 and all(map(math.isfinite, corners)) for corners in faces.values()), "a face has four numbers"
         assert all(isinstance(name, str) and name for names in sets for name in names)
-    except (ValueError, KeyError, TypeError, AssertionError, AttributeError) as error:
-        raise ValueError(f"{path}: not a list of target, image_file and text ({type(error).__name__}: {error})") from error
+    except (ValueError, LookupError, TypeError, AssertionError, AttributeError) as error:
+        raise ValueError(f"{path}: not a list of target, image_file, face and text ({type(error).__name__}: {error})") from error
     for names, entry in zip(sets, entries, strict=True):
         for name in names[1:]:
             texts.setdefault(name, texts[entry["target"]])
@@ -196,7 +200,7 @@ def from_upstream(path: Path) -> Iterator[Found]:
             a, b = sorted((root(first), root(other)))
             parent[b] = a
     for name in sorted(parent):
-        yield Found(name, str(path.parent / name), caption=texts[name], group=root(name))
+        yield Found(name, str(path.parent / name), caption=texts[name], group=root(name), face=faces.get(name))
 
 
 def _listed(value: Any) -> list[Any]:

@@ -23,7 +23,7 @@ from easyref.config import Loading, Samples
 from easyref.data import dataset, frames
 from easyref.data.captions import SHARED, caption
 from easyref.data.dataset import SWAPS, TrainingImages, seen_as
-from easyref.data.frames import Frame, Framing, Size
+from easyref.data.frames import Frame, Framing, Size, face_frame
 from easyref.model import reference
 from easyref.model.reference import ImagePatches, PrefixStates, ReferenceSample, null_image
 from easyref.records import sha256_file, sha256_json
@@ -44,9 +44,7 @@ class Sample:
     prompt: str
     view: int = 0
     place: float = 0.5  # of the target's square along its longer side
-
-
-NULL = -1
+    face: Seen | None = None  # the reference, where it is only the face of the target
 
 
 @dataclass(frozen=True)
@@ -56,6 +54,9 @@ class Seen:
     item: int
     view: int = 0
     frame: Frame | None = None
+
+
+NULL = -1
 
 
 class Sampler:
@@ -68,6 +69,9 @@ class Sampler:
         kinds = sorted({kind for kind, _ in images.groups})
         share = {k: 1 / (len(kinds) * sum(kind == k for kind, _ in images.groups)) for k in kinds}
         self.group_order = Order(np.array([share[kind] for kind, _ in images.groups]), *key, "groups")
+        if p.face_share and not images.faces:
+            fix = "set embed.faces and run embed, group and split again, or set face_share to 0"
+            raise ValueError(f"{key[-1]}.face_share {p.face_share}: no face is known in the training images; {fix}")
 
     def __call__(self, number: int) -> Sample:
         rng, p = numpy_rng(*self.key, "sample", number), self.p
@@ -91,7 +95,20 @@ class Sampler:
         swapped = rng.random() < p.swap_colours and not labels["tone"]  # skin keeps its colour
         view = (rng.integers(1, len(SWAPS)) if swapped else 0) + (len(SWAPS) if rng.random() < p.mirror else 0)
         place = int(rng.integers(p.crops)) / (p.crops - 1) if p.crops > 1 else 0.5
-        return Sample(target, tuple(references), prompt, int(view), place)
+        face = self._face(number, target, int(view)) if references == [target] and target in self.images.faces else None
+        return Sample(target, tuple(references), prompt, int(view), place, face)
+
+    def _face(self, number: int, target: int, view: int) -> Seen | None:
+        """With a probability of `face_share`: the square around the face, grown by 0 to 49 %, mirrored or not (method.md §4)."""
+        rng, label = numpy_rng(*self.key, "face", number), self.images.labels[target]
+        if rng.random() >= self.p.face_share:
+            return None
+        grow = int(rng.integers(50)) / 100
+        view = int(view + len(SWAPS) * rng.integers(2)) % (2 * len(SWAPS))
+        left, top, right, bottom = self.images.faces[target]
+        if view >= len(SWAPS):  # frames are of the mirrored image
+            left, right = label["width"] - right, label["width"] - left
+        return Seen(target, view, face_frame((label["height"], label["width"]), (left, top, right, bottom), grow))
 
 
 def microbatches(samples: Sequence[Sample], most: int, size: Callable[[Sample], Size], by_references: bool = True) -> list[list[int]]:
@@ -134,7 +151,9 @@ class Inputs:
         return Seen(sample.target, sample.view, frame if frame.size != frame.original else None)
 
     def references(self, sample: Sample) -> list[Seen]:
-        """An image that is its own reference is cut like the target (method.md §4)."""
+        """An image that is its own reference is cut like the target, or only its face is (method.md §4)."""
+        if sample.face:
+            return [sample.face]
         if sample.references == (sample.target,):
             return [self.target(sample)]
         return [Seen(item, sample.view) if item != NULL else Seen(NULL) for item in sample.references]
