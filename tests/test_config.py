@@ -7,6 +7,7 @@ import yaml
 
 from easyref.config import ConfigError, load_params, parse_params
 
+SCORE = {"id": "model", "revision": None, "label": "nsfw", "min": None, "max": 0.5}
 PRESETS = sorted(Path("presets").glob("*.yaml"))
 
 
@@ -31,6 +32,13 @@ def test_presets_are_complete(path: Path) -> None:
         (lambda d: d["pretrain"].update(prediction="epsilon", zero_terminal_snr=True), "pretrain: zero_terminal_snr needs prediction"),
         (lambda d: d["pretrain"].update(rates={"lore": 2.0}), "pretrain.rates.lore"),
         (lambda d: d["pretrain"].update(noise_offset=-0.1), "pretrain.noise_offset = -0.1: "),
+        (
+            lambda d: d["group"]["likeness"]["subject"].update(treshold=1),
+            "subject.treshold = 1: unknown key; did you mean 'threshold'",
+        ),
+        (lambda d: d["embed"].update(faces={"detector": "d.onnx"}), "embed.faces.embedder: missing; add it"),
+        (lambda d: d["ingest"].update(scores={"nsfw": SCORE}), "scores are of a heap's images"),
+        (lambda d: d["ingest"].update(scores={"nsfw": SCORE | {"max": None}}), "ingest.scores.nsfw: min and max are null; give one"),
         (lambda d: d["pretrain"].update(drop_image=0.9), "is more than 1; lower them"),
     ],
 )

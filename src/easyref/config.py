@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
@@ -475,9 +475,12 @@ def _one_line(error: ValidationError, values: dict[str, Any]) -> str:
 
 
 def _known_keys(path: tuple[int | str, ...]) -> list[str]:
-    model: Any = Params
+    """Of the section at `path`, in which keys of a dictionary may stand between sections."""
+    at: Any = Params
     for part in path:
-        annotation = model.model_fields[str(part)].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
-    return list(model.model_fields)
+        at = get_args(at)[1] if get_origin(at) is dict else _section(at).model_fields[str(part)].annotation
+    return list(_section(at).model_fields)
+
+
+def _section(annotation: Any) -> type[BaseModel]:
+    return next(c for c in (annotation, *get_args(annotation)) if isinstance(c, type) and issubclass(c, BaseModel))
