@@ -92,7 +92,7 @@ def test_faces_are_what_the_outputs_say(tmp_path: Path) -> None:
         if all(iou(face[1], other[1]) <= 0.4 for other in kept):
             kept.append(face)
     assert len(expected) > len(kept) > 50
-    detector = SCRFD(write_detector(tmp_path / "d.onnx", linear), "embed.faces", 0.3)
+    detector = SCRFD(write_detector(tmp_path / "d.onnx", linear, (640, 640)), "embed.faces", 0.3)
     for found, wanted in zip(detector(Image.fromarray(pixels)), zip(*kept, strict=True), strict=True):
         np.testing.assert_allclose(found, np.array(wanted), atol=1e-3)
 
@@ -134,7 +134,8 @@ def scene(*squares: tuple[int, int, int, str], size: tuple[int, int] = (256, 160
     draw = ImageDraw.Draw(image)
     for left, top, side, colour in squares:
         draw.rectangle((left, top, left + side - 1, top + side - 1), colour)
-        draw.rectangle((left + side // 2 - 4, top + side // 2 - 4, left + side // 2 + 4, top + side // 2 + 4), "red")
+        x, y, half = left + side // 2, top + side // 2, max(4, side // 8)
+        draw.rectangle((x - half, y - half, x + half, y + half), "red")
     return image
 
 
@@ -155,13 +156,26 @@ def test_a_face_is_found_where_it_is_at_any_size_of_the_image(p: Faces, tmp_path
     assert faces.Faces(fixed)([Image.new("RGB", (9, 300))]) == [[]]
 
 
+def test_a_file_that_takes_any_size_sees_an_image_at_two(tmp_path: Path) -> None:
+    """What detectors of one size find, the small one's boxes five times as large."""
+    image = scene((100, 60, 320, "white"), (700, 300, 64, "white"), size=(1024, 640))
+    files = [patch_detector(tmp_path / f"{shape}.onnx", shape) for shape in (("h", "w"), (128, 128), (640, 640))]
+    any_size, *fixed = (SCRFD(file, "embed.faces", 0.5) for file in files)
+    scores, corners, landmarks = (np.concatenate(parts) for parts in zip(*(one(image) for one in fixed), strict=True))
+    order = np.argsort(-scores, kind="stable")
+    kept = order[best_of_overlapping(corners[order], 0.4)]
+    assert {round(box[2] - box[0]) for box in corners[kept]} == {26, 128}
+    for found, wanted in zip(any_size(image), (scores, corners, landmarks), strict=True):
+        assert np.array_equal(found, wanted[kept])
+
+
 def test_the_largest_faces_stay_and_those_at_the_edge_are_cut(p: Faces, tmp_path: Path) -> None:
     """Box sizes come from the green of the point: the second channel moves the sides."""
     linear = {(s, w): (np.zeros((2 * w, 3)), np.full(2 * w, -1.0)) for s in STRIDES for w in WIDTHS}
     linear[8, 1] = ([[1, 0, 0], [0, 0, 0]], [0.0, -1.0])
     linear[8, 4] = (np.tile([[0, 2, 0]], (8, 1)), np.full(8, 2.5))  # black .5 strides, white 4.5
     linear[8, 10] = (np.zeros((20, 3)), np.tile((LANDMARKS_52 / 56 - 1).ravel(), 2))
-    detector = write_detector(tmp_path / "sizes.onnx", linear)
+    detector = write_detector(tmp_path / "sizes.onnx", linear, (640, 640))
     pixels = np.zeros((640, 640, 3), np.uint8)
     for (x, y), green in (((0, 0), 255), ((200, 200), 250), ((400, 80), 100), ((400, 400), 180), ((80, 400), 5)):
         pixels[y, x] = (255, green, 0)
@@ -242,7 +256,7 @@ def test_identity_groups_are_of_the_largest_faces(tmp_path: Path, capsys: pytest
         ("missing", "no such ONNX file; give embed.faces one that is SCRFD"),
         ("text", "ONNX Runtime cannot open it"),
         ("swapped", r"1 outputs; embed.faces wants SCRFD with landmarks, as det_10g.onnx \(9 outputs\)"),
-        ("widths", "at stride 8; 12800 scores, boxes and five landmarks each, as det_10g.onnx"),
+        ("widths", "for 512 anchors; scores, boxes, five landmarks are wanted"),
         ("cuda", "ONNX Runtime took no CUDAExecutionProvider; install what it needs"),
     ],
 )

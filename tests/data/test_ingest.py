@@ -477,6 +477,11 @@ def test_scores_reject_what_the_model_says(tmp_path: Path, kind: str) -> None:
         assert rejects.filter(reason=reason)["name"].to_list() == [f"{i:02d}.png" for i, s in enumerate(said) if wrong(s)]
     name, _, detail = rejects.filter(reason="nsfw").row(0)
     assert detail == f"{name}: nsfw {said[int(name[:2])]:.3f} is not from -inf to {high:g} (ingest.scores.nsfw)"
-    wrong_label = params.ingest.model_copy(update={"scores": {"nsfw": Score(**given | {"label": "sfw"}, min=None, max=high)}})
-    with pytest.raises(ValueError, match=rf"^ingest.scores.nsfw.label = 'sfw': .* knows {', '.join(names)}; name one of them$"):
-        ingest.ingest(params.model_copy(update={"ingest": wrong_label}), tmp_path / "images", tmp_path / "work")
+    (tmp_path / "empty").mkdir()
+    for changed, message in (
+        ({"label": "sfw"}, rf"^ingest.scores.nsfw.label = 'sfw': .* knows {', '.join(names)}; name one of them$"),
+        ({"id": str(tmp_path / "empty")}, r"empty: AutoImageProcessor cannot load it .*; check id, revision and network$"),
+    ):
+        wrong = params.ingest.model_copy(update={"scores": {"nsfw": Score(**given | changed, min=None, max=high)}})
+        with pytest.raises(ValueError, match=message):
+            ingest.ingest(params.model_copy(update={"ingest": wrong}), tmp_path / "images", tmp_path / "work")

@@ -179,9 +179,10 @@ def embed_piece(table: pl.DataFrame, part: Path, images: Path, p: Embed, make: M
         text = extractors.texts(batch["caption"].to_list())
         for i, (name, image) in enumerate(zip(names, pictures, strict=True)):
             add(name, "image", Box(0, 0, *image.size), subject=subject[i], style=style[i], text=text[i])
-        for name, own in zip(names, extractors.faces(pictures) if extractors.faces else (), strict=False):
-            for face in own:
-                add(name, "face", face.box, face=face.vector_E)
+        if extractors.faces:
+            for name, own in zip(names, extractors.faces(pictures), strict=True):
+                for face in own:
+                    add(name, "face", face.box, face=face.vector_E)
         if not (extractors.subjects and extractors.crops):
             continue
         boxes = extractors.subjects(pictures)
@@ -211,7 +212,8 @@ def _ahead(load: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
 def largest_faces(folder: Path) -> pl.DataFrame:
     """Of each image that has faces the box of the largest: FACE_COLUMNS."""
     tables = [read_table(file, ROW_COLUMNS).filter(part="face") for file in sorted(folder.glob("rows-*.parquet"))]
-    return _largest(pl.concat([pl.DataFrame(schema=SCHEMA), *tables]).sort("sha256", "left", "top")).select(FACE_COLUMNS)
+    rows = pl.concat([pl.DataFrame(schema=SCHEMA), *tables], how="vertical_relaxed")
+    return _largest(rows.sort("sha256", "left", "top", "right", "bottom")).select(FACE_COLUMNS)
 
 
 def _largest(rows: pl.DataFrame) -> pl.DataFrame:

@@ -9,7 +9,7 @@ Letters: H,W detector's input · A anchors of a stride · F faces · E vector's 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from easyref.data.extractors import Array
 
 STRIDES = (8, 16, 32)  # pixels between anchors
 ANCHORS = 2  # at each place
-SIDE = 640  # pixels of the detector's input, where the file takes any
+SIDES = (128, 640)  # pixels of the detector's inputs, where the file takes any: a face that fills the image is seen in the small one
 OVERLAP = 0.4  # intersection over union above which only the better of two boxes stays
 UPRIGHT = 112  # pixels: the side of ArcFace's input
 #: Left eye, right eye, nose, left and right corner of the mouth of an upright face: x, y in pixels, whose centres are whole numbers.
@@ -63,38 +63,41 @@ class SCRFD:
         self.path, self.min_score = path, min_score
         self.session = open_session(path, key, (None, None), 3 * len(STRIDES), "SCRFD with landmarks, as det_10g.onnx")
         self.input = self.session.get_inputs()[0]
-        self.size_HW = [side if isinstance(side, int) else SIDE for side in self.input.shape[2:]]
+        height, width = self.input.shape[2:]
+        fixed = isinstance(height, int) and isinstance(width, int)
+        self.sizes_HW = [(height, width)] if fixed else [(side, side) for side in SIDES]
         self(Image.new("RGB", (8, 8)))  # a file of another form is told before the work
 
     def __call__(self, image: Image.Image) -> tuple[Array, Array, Array]:
-        height, width = self.size_HW
-        scale = min(height / image.height, width / image.width)
-        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        fitted = image.convert("RGB").resize(size, Image.Resampling.BILINEAR)
-        pixels_HW3 = np.zeros((height, width, 3), np.float32)
-        pixels_HW3[: fitted.height, : fitted.width] = np.asarray(fitted)
-        outputs = self.session.run(None, {self.input.name: (pixels_HW3.transpose(2, 0, 1)[None] - 127.5) / 128})
-        found = [self._of_stride(stride, outputs[i :: len(STRIDES)]) for i, stride in enumerate(STRIDES)]
+        found = [part for size_HW in self.sizes_HW for part in self._at_size(image.convert("RGB"), *size_HW)]
         scores_F, corners_F4, landmarks_F52 = (np.concatenate(parts) for parts in zip(*found, strict=True))
         order = np.argsort(-scores_F, kind="stable")
         kept = order[best_of_overlapping(corners_F4[order], OVERLAP)]
-        grown = np.array([image.width / fitted.width, image.height / fitted.height])
-        return scores_F[kept], corners_F4[kept] * np.tile(grown, 2), landmarks_F52[kept] * grown
+        return scores_F[kept], corners_F4[kept], landmarks_F52[kept]
 
-    def _of_stride(self, stride: int, outputs: Sequence[Array]) -> tuple[Array, Array, Array]:
-        """`outputs`: score, distances to the four sides and offsets of the landmarks from the anchor, in strides."""
-        rows, columns = (side // stride for side in self.size_HW)
-        count = rows * columns * ANCHORS
+    def _at_size(self, image: Image.Image, height: int, width: int) -> Iterator[tuple[Array, Array, Array]]:
+        """Scores, corners and landmarks, in pixels of the image, of the faces found by each stride."""
+        scale = min(height / image.height, width / image.width)
+        fitted = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BILINEAR)
+        grown = np.array(image.size) / fitted.size
+        pixels_HW3 = np.zeros((height, width, 3), np.float32)
+        pixels_HW3[: fitted.height, : fitted.width] = np.asarray(fitted)
+        outputs = self.session.run(None, {self.input.name: (pixels_HW3.transpose(2, 0, 1)[None] - 127.5) / 128})
+        for i, stride in enumerate(STRIDES):
+            y, x = np.mgrid[: height // stride, : width // stride]
+            anchors_A2 = np.stack([x, y], -1).reshape(-1, 2).repeat(ANCHORS, 0) * stride
+            scores_A, sides_A4, offsets_A52 = self._of_stride(outputs[i :: len(STRIDES)], len(anchors_A2))
+            corners_A4 = np.concatenate([anchors_A2 - sides_A4[:, :2] * stride, anchors_A2 + sides_A4[:, 2:] * stride], 1)
+            landmarks_A52 = anchors_A2[:, None] + offsets_A52 * stride
+            sure = (scores_A >= self.min_score) & np.isfinite(corners_A4).all(1) & np.isfinite(landmarks_A52).all((1, 2))
+            yield scores_A[sure], corners_A4[sure] * np.tile(grown, 2), landmarks_A52[sure] * grown
+
+    def _of_stride(self, outputs: Sequence[Array], count: int) -> tuple[Array, Array, Array]:
+        """Of each anchor the score [A], the distances to four sides [A, 4] and the offsets of five landmarks [A, 5, 2], in strides."""
         if [output.size for output in outputs] != [count, 4 * count, 10 * count]:
             sizes = ", ".join(str(output.shape) for output in outputs)
-            raise ValueError(f"{self.path}: {sizes} at stride {stride}; {count} scores, boxes and five landmarks each, as det_10g.onnx")
-        scores_A, sides_A4, offsets_A52 = (o.reshape(count, *shape) for o, shape in zip(outputs, ((), (4,), (5, 2)), strict=True))
-        y, x = np.mgrid[:rows, :columns]
-        anchors_A2 = np.stack([x, y], -1).reshape(-1, 2).repeat(ANCHORS, 0) * stride
-        corners_A4 = np.concatenate([anchors_A2 - sides_A4[:, :2] * stride, anchors_A2 + sides_A4[:, 2:] * stride], 1)
-        landmarks_A52 = anchors_A2[:, None] + offsets_A52 * stride
-        sure = (scores_A >= self.min_score) & np.isfinite(corners_A4).all(1) & np.isfinite(landmarks_A52).all((1, 2))
-        return scores_A[sure], corners_A4[sure], landmarks_A52[sure]
+            raise ValueError(f"{self.path}: {sizes} for {count} anchors; scores, boxes, five landmarks are wanted, as in det_10g.onnx")
+        return outputs[0].reshape(count), outputs[1].reshape(count, 4), outputs[2].reshape(count, 5, 2)
 
 
 class ArcFace:

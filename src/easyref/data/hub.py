@@ -35,11 +35,12 @@ def _load(auto: str, model: Model) -> Any:
     import torch
     import transformers
 
-    kind = getattr(transformers, auto)
-    if auto in ("AutoImageProcessor", "AutoTokenizer"):
-        return kind.from_pretrained(model.id, revision=model.revision or "main")
-    loaded = kind.from_pretrained(model.id, revision=model.revision or "main", use_safetensors=True, torch_dtype=torch.float32)
-    return loaded.eval().requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
+    options = {} if auto in ("AutoImageProcessor", "AutoTokenizer") else {"use_safetensors": True, "torch_dtype": torch.float32}
+    try:
+        loaded = getattr(transformers, auto).from_pretrained(model.id, revision=model.revision or "main", **options)
+    except OSError as error:
+        raise ValueError(f"{model.id}: {auto} cannot load it ({str(error).splitlines()[0]}); check id, revision and network") from error
+    return loaded.eval().requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu") if options else loaded
 
 
 class HubImages:
@@ -109,10 +110,10 @@ class HubScores:
 
     def __init__(self, p: Score, key: str) -> None:
         self.processor, self.model = _load("AutoImageProcessor", p), _load("AutoModelForImageClassification", p)
-        labels = list(self.model.config.id2label.values())
+        labels = {label: number for number, label in self.model.config.id2label.items()}
         if p.label not in labels:
             raise ValueError(f"{key}.label = {p.label!r}: {p.id} knows {', '.join(labels)}; name one of them")
-        self.label, self.alone = labels.index(p.label), len(labels) == 1
+        self.label, self.alone = labels[p.label], len(labels) == 1
         self.several = self.model.config.problem_type == "multi_label_classification"
 
     def __call__(self, items: Sequence[Image.Image]) -> list[float]:
