@@ -93,7 +93,7 @@ def test_a_release_goes_through_postgres_and_s3(postgres: int, bucket: Any, tmp_
         "MLFLOW_S3_ENDPOINT_URL": endpoint,
     }
     with serving(place, home, **stores):
-        run_stages = ["prefect", "deployment", "run", "easyref/full", "--watch", "--watch-timeout", "240", "--param", "release=false"]
+        run_stages = ["prefect", "deployment", "run", "easyref/full", "--watch", "--watch-timeout", "900", "--param", "release=false"]
         done = run(run_stages, elsewhere)
         assert done.returncode == 0 and "Completed" in done.stdout, done.stdout + done.stderr
         os.environ["MLFLOW_TRACKING_URI"] = f"http://{HOST}:{MLFLOW_PORT}"

@@ -50,7 +50,7 @@ def last_run() -> dict:
     return flow_run
 
 
-def wait(ready: Callable[[], bool], seconds: float = 120) -> None:
+def wait(ready: Callable[[], bool], seconds: float = 400) -> None:
     end = time.monotonic() + seconds
     while not ready():
         assert time.monotonic() < end, "waited in vain"
