@@ -31,6 +31,7 @@ DATA, MODELS, METRICS = Path("data"), Path("models"), Path("metrics")
 WORK = Path(".work")
 ParamsFile = Annotated[Path, typer.Option("--params", help="Parameter file.")]
 PARAMS = Path("params.yaml")
+EngineName = Annotated[Literal["local", "ray"], typer.Option(help="This machine, or Ray (RAY_ADDRESS: a cluster).")]
 GRAPHS, ENGINES = Path("out/onnx"), Path("out/engines")
 
 
@@ -45,10 +46,7 @@ def ingest(params: ParamsFile = PARAMS) -> None:
 
 
 @app.command()
-def embed(
-    params: ParamsFile = PARAMS,
-    engine: Annotated[Literal["local", "ray"], typer.Option(help="Processes here, or Ray (RAY_ADDRESS: a cluster).")] = "local",
-) -> None:
+def embed(params: ParamsFile = PARAMS, engine: EngineName = "local") -> None:
     """Images, captions, detected subjects and faces → vectors, for groups that are learned."""
     from easyref.config import load_params
     from easyref.data.embed import embed as run
@@ -58,12 +56,12 @@ def embed(
 
 
 @app.command()
-def group(params: ParamsFile = PARAMS) -> None:
+def group(params: ParamsFile = PARAMS, engine: EngineName = "local") -> None:
     """Which images share something, by labels or by what they look like → groups.parquet."""
     from easyref.config import load_params
     from easyref.data.group import group_stage
 
-    table = group_stage(load_params(params), DATA, METRICS / "group.json", WORK / "group")
+    table = group_stage(load_params(params), DATA, METRICS / "group.json", WORK / "group", engine)
     print(f"{len(table)} groups: " + ", ".join(f"{k} {n}" for k, n in sorted(table["kind"].value_counts().iter_rows())))
 
 
@@ -102,6 +100,7 @@ def report(params: ParamsFile = PARAMS) -> None:
 def bench_group(
     n: Annotated[str, typer.Option("--n", help="How many vectors, with commas between.")] = "1e5,1e6",
     workers: Annotated[int, typer.Option(min=1)] = 2,
+    memory_gib: Annotated[float, typer.Option(min=0, help="As group.memory_gib.")] = 1.0,
     out: Annotated[Path, typer.Option()] = Path("benchmarks/group.json"),
 ) -> None:
     """Time, memory, precision and recall of learned grouping on planted groups."""
@@ -113,7 +112,7 @@ def bench_group(
         raise ValueError(f"--n {n!r}: not numbers with commas between; try --n 1e5,1e6") from error
     if min(counts) < 1000:
         raise ValueError(f"--n {n}: too few to measure; give 1000 or more")
-    run(sorted(counts), out, workers)
+    run(sorted(counts), out, workers, memory_gib)
 
 
 @bench.command("infer")

@@ -133,6 +133,7 @@ class Group(Section):
     by: Literal["labels", "embeddings"]
     likeness: dict[Literal["subject", "style", "tag", "identity"], Likeness]  # the kinds that are learned
     workers: PositiveInt
+    memory_gib: float = Field(ge=0)  # vectors of a space that take more are read from disk, cell by cell
     kinds: list[Literal["subject", "person", "style", "given"]]  # of labels
     min_members: int = Field(ge=2)
     min_styles: int = Field(ge=2)  # a subject group spans at least so many styles

@@ -1,6 +1,11 @@
 """Learned groups against brute force, scipy, scikit-learn and groups that were planted."""
 
+import os
+import signal
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -11,18 +16,27 @@ from sklearn.metrics.cluster import pair_confusion_matrix
 from typer.testing import CliRunner
 
 from easyref.cli import app
-from easyref.config import Likeness, load_params
-from easyref.data import learned, neighbours
+from easyref.config import Group, Likeness, load_params
+from easyref.data import group, learned, neighbours
 from easyref.data.bench import LIKENESS, plant
 from easyref.data.embed import read_space
+from easyref.data.engine import Engine, run
 from easyref.data.group import learned_groups, read_spaces
 from easyref.data.learned import cohesion, later_of_twins, learn_groups, linked, pair_scores, parts, spread
-from easyref.data.neighbours import make_cells, similar_pairs
+from easyref.data.neighbours import Run, Vectors, make_cells, similar_pairs, write_vectors
 from easyref.records import ROW_COLUMNS, read_json, write_table
 
 
 def unit(x: np.ndarray) -> np.ndarray:
     return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def stored(vectors: np.ndarray, folder: Path) -> Vectors:
+    return write_vectors(folder / "stored.npy", vectors.shape, [vectors])
+
+
+def two_workers(engine: Engine) -> Run:
+    return partial(run, workers=2, engine=engine, threads=True)
 
 
 def clustered(count: int, width: int = 32, seed: int = 0) -> np.ndarray:
@@ -34,10 +48,11 @@ def clustered(count: int, width: int = 32, seed: int = 0) -> np.ndarray:
 def test_similar_pairs_are_those_of_brute_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neighbours, "CELL", 300)
     monkeypatch.setattr(neighbours, "FOUND", 2000)
+    monkeypatch.setattr(neighbours, "CELLS", 2)
     vectors, most, threshold = clustered(1500).astype(np.float16), 10, 0.5
-    cells = make_cells(vectors, tmp_path / "cells.npy")
-    assert sorted(cells.which_N.tolist()) == list(range(1500)) and len(cells) == 5
-    one, other, cosine = similar_pairs(cells, threshold, most, workers=2)
+    cells = make_cells(stored(vectors, tmp_path), tmp_path)
+    assert sorted(cells.read("which").tolist()) == list(range(1500)) and len(cells) == 5
+    one, other, cosine = similar_pairs(cells, threshold, most, two_workers("local"))
     similar = vectors.astype(np.float32) @ vectors.astype(np.float32).T
     np.fill_diagonal(similar, -2)
     nearest = np.zeros_like(similar, bool)
@@ -52,7 +67,7 @@ def test_most_pairs_are_found_where_cells_are_many(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(neighbours, "CELL", 128)
     monkeypatch.setattr(neighbours, "PROBES", 2)  # .97 if only one of two may see the other
     vectors, truth = plant(16000, tmp_path / "vectors.npy")
-    cells = make_cells(vectors, tmp_path / "cells.npy")
+    cells = make_cells(vectors, tmp_path)
     assert len(cells) == 125
     one, other, _ = similar_pairs(cells, 0.5, 16)
     found = set(zip(one.tolist(), other.tolist(), strict=True))
@@ -60,13 +75,15 @@ def test_most_pairs_are_found_where_cells_are_many(tmp_path: Path, monkeypatch: 
     assert np.mean([pair in found for pair in planted]) > 0.98
 
 
-def test_planted_groups_come_back_whatever_the_workers(tmp_path: Path) -> None:
+def test_planted_groups_come_back_whatever_workers_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vectors, truth = plant(4000, tmp_path / "vectors.npy")
-    groups, left_out = learn_groups(vectors, LIKENESS, tmp_path, workers=1)
+    groups, left_out = learn_groups(vectors, LIKENESS, tmp_path)
     scores = pair_scores([g.members for g in groups], truth)
     assert scores["precision"] > 0.97 and scores["recall"] > 0.97 and not len(left_out)
-    assert learn_groups(vectors, LIKENESS, tmp_path, workers=2)[0] == groups
-    rows = np.asarray(vectors[groups[0].members], np.float64)
+    monkeypatch.setattr(neighbours, "CELLS", 1)
+    for memory_gib in (0.0, 1.0):
+        assert learn_groups(vectors, LIKENESS, tmp_path, 0, memory_gib, two_workers("local"))[0] == groups
+    rows = vectors[np.array(groups[0].members)].astype(np.float64)
     assert groups[0].cohesion == pytest.approx((rows @ rows.T)[np.triu_indices(len(rows), 1)].mean(), abs=1e-5)
 
 
@@ -74,7 +91,7 @@ def test_one_of_near_duplicates_stays(tmp_path: Path) -> None:
     vectors = clustered(400)
     twins = np.concatenate([vectors, vectors[:50]])
     p = Likeness(threshold=0.5, near_duplicate=0.999, neighbours=16, min_members=2, max_members=8)
-    groups, left_out = learn_groups(twins, p, tmp_path)
+    groups, left_out = learn_groups(stored(twins, tmp_path), p, tmp_path)
     assert left_out.tolist() == list(range(400, 450))
     members = [m for g in groups for m in g.members]
     assert len(members) == len(set(members)) and max(members) < 400 and max(len(g.members) for g in groups) <= 8
@@ -112,7 +129,7 @@ def test_pair_scores_are_scikit_learns() -> None:
 def test_spread_damps_the_main_directions(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     raw = rng.standard_normal((500, 16)) @ np.diag(np.linspace(9, 1, 16)) + 40
-    out = np.asarray(spread(raw.astype(np.float16), tmp_path / "spread.npy"), np.float64)
+    out = spread(stored(raw, tmp_path), tmp_path / "spread.npy")[:].astype(np.float64)
     centred = raw - raw.mean(0)
     _, s, directions = np.linalg.svd(centred, full_matrices=False)
     expected = unit(centred @ directions.T * (s**2 / 500) ** -learned.DAMPING)
@@ -120,19 +137,27 @@ def test_spread_damps_the_main_directions(tmp_path: Path) -> None:
     assert cohesion(out[:2].astype(np.float32)) == pytest.approx(out[0] @ out[1], abs=1e-3)
 
 
+def embedded(folder: Path, names: list[str], vectors: np.ndarray, shards: list[np.ndarray]) -> None:
+    folder.mkdir()
+    for number, rows in enumerate(shards):
+        table = [(names[i], "image", 0, 0, 8, 8, 1.0) for i in rows]
+        write_table(folder / f"rows-{number:05d}.parquet", pl.DataFrame(table, schema=list(ROW_COLUMNS), orient="row"))
+        np.save(folder / f"subject-{number:05d}.npy", vectors[rows].astype(np.float16))
+
+
+def learning_subjects(threshold: float) -> Group:
+    p = Likeness(threshold=threshold, near_duplicate=1.0, neighbours=16, min_members=2, max_members=8)
+    return load_params("presets/nano.yaml").group.model_copy(update={"likeness": {"subject": p}})
+
+
 def test_groups_do_not_depend_on_shards_and_nan_is_left_out(tmp_path: Path) -> None:
     vectors = clustered(300)
     vectors[7] = np.nan
     names = [f"{i:016x}" * 4 for i in range(300)]
     order = np.random.default_rng(1).permutation(300)
-    for place, shards in (("one", [np.arange(300)]), ("three", np.array_split(order, 3))):
-        (tmp_path / place).mkdir()
-        for number, rows in enumerate(shards):
-            table = [(names[i], "image", 0, 0, 8, 8, 1.0) for i in rows]
-            write_table(tmp_path / place / f"rows-{number:05d}.parquet", pl.DataFrame(table, schema=list(ROW_COLUMNS), orient="row"))
-            np.save(tmp_path / place / f"subject-{number:05d}.npy", vectors[rows].astype(np.float16))
-    p = Likeness(threshold=0.4, near_duplicate=1.0, neighbours=16, min_members=2, max_members=8)
-    params = load_params("presets/nano.yaml").group.model_copy(update={"likeness": {"subject": p}})
+    embedded(tmp_path / "one", names, vectors, [np.arange(300)])
+    embedded(tmp_path / "three", names, vectors, np.array_split(order, 3))
+    params = learning_subjects(0.4)
 
     def grouped(folder: Path) -> pl.DataFrame:
         return learned_groups(read_spaces(folder, ["subject"], tmp_path / "work"), params, tmp_path / "work", 0)
@@ -144,6 +169,35 @@ def test_groups_do_not_depend_on_shards_and_nan_is_left_out(tmp_path: Path) -> N
     table, _ = read_space(tmp_path / "three", "subject", "image", tmp_path / "rows.npy")
     assert len(table) == 299
     assert one["group_id"].is_unique().all() and (one["cohesion"] > 0.4).all()
+
+
+def doing_or_dying(job: Any, do: partial[None], marks: Path) -> None:
+    """The first worker with a job of a kind is killed."""
+    try:
+        (marks / do.func.__name__).touch(exist_ok=False)
+    except FileExistsError:
+        return do(job)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.long
+def test_ray_finds_the_same_groups_when_workers_are_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbours, "COSINES", 2000)
+    monkeypatch.setattr(neighbours, "CELLS", 1)
+    vectors, params = clustered(2000), learning_subjects(0.4)
+    embedded(tmp_path / "one", [f"{i:016x}" * 4 for i in range(2000)], vectors, [np.arange(2000)])
+    spaces = read_spaces(tmp_path / "one", ["subject"], tmp_path / "work")
+    marks = tmp_path / "marks"
+    marks.mkdir()
+
+    def killing(do: partial[None], jobs: Any, **how: Any) -> Iterator[None]:
+        return run(partial(doing_or_dying, do=do, marks=marks), jobs, **how)
+
+    write_table(tmp_path / "local.parquet", learned_groups(spaces, params, tmp_path / "work", 0))
+    monkeypatch.setattr(group, "run", killing)
+    write_table(tmp_path / "ray.parquet", learned_groups(spaces, params, tmp_path / "work", 0, "ray"))
+    assert {mark.name for mark in marks.iterdir()} == {"_probe", "_pairs"}
+    assert (tmp_path / "local.parquet").read_bytes() == (tmp_path / "ray.parquet").read_bytes()
 
 
 def test_bench_measures_planted_groups(tmp_path: Path) -> None:

@@ -14,13 +14,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from easyref.config import Likeness
+from easyref.data.engine import run
 from easyref.data.learned import learn_groups, pair_scores
+from easyref.data.neighbours import Vectors
 from easyref.progress import machine
 from easyref.records import write_json
 
@@ -31,10 +34,10 @@ TOPIC = 2000  # vectors of a topic, about
 LIKENESS = Likeness(threshold=0.55, near_duplicate=0.98, neighbours=16, min_members=2, max_members=16)
 
 
-def plant(count: int, file: Path, seed: int = 0) -> tuple[Array, list[list[int]]]:
-    """Unit vectors float16 [count, WIDTH] in `file`, in random order, and the rows of each group."""
+def plant(count: int, file: Path, seed: int = 0) -> tuple[Vectors, list[list[int]]]:
+    """Unit vectors [count, WIDTH] in `file`, in random order, and the rows of each group."""
     rng = np.random.default_rng(seed)
-    vectors = np.lib.format.open_memmap(file, "w+", np.float16, (count, WIDTH))
+    np.lib.format.open_memmap(file, "w+", np.float16, (count, WIDTH))
     place = rng.permutation(count)
     groups: list[list[int]] = []
     done = 0
@@ -54,31 +57,31 @@ def plant(count: int, file: Path, seed: int = 0) -> tuple[Array, list[list[int]]
             groups.append(place[done + filled : done + filled + size].tolist())
             filled += size
         made.append(_unit(0.6 * topic + 0.8 * _unit(rng.standard_normal((room - filled, WIDTH), np.float32))))
-        vectors[place[done : done + room]] = np.concatenate(made)
+        np.load(file, mmap_mode="r+")[place[done : done + room]] = np.concatenate(made)  # and let go: it counts as memory
         done += room
-    return vectors, groups
+    return Vectors(file), groups
 
 
 def _unit(vectors: Array) -> Array:
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
-def measure(count: int, workers: int) -> dict[str, Any]:
+def measure(count: int, workers: int, memory_gib: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         vectors, truth = plant(count, Path(temporary) / "vectors.npy")
         begin = time.monotonic()
-        groups, _ = learn_groups(vectors, LIKENESS, Path(temporary), workers=workers)
+        groups, _ = learn_groups(vectors, LIKENESS, Path(temporary), 0, memory_gib, partial(run, workers=workers, threads=True))
         seconds = time.monotonic() - begin
     scores = pair_scores([g.members for g in groups], truth)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {"n": count, "seconds": round(seconds, 1), "peak_gib": round(peak, 2), "groups": len(groups), **scores}
 
 
-def bench_group(counts: list[int], out: Path, workers: int) -> dict[str, Any]:
+def bench_group(counts: list[int], out: Path, workers: int, memory_gib: float) -> dict[str, Any]:
     """Measure each number of vectors and write `out`."""
     runs = []
     for count in counts:
-        words = [sys.executable, "-m", "easyref.data.bench", str(count), str(workers)]
+        words = [sys.executable, "-m", "easyref.data.bench", str(count), str(workers), str(memory_gib)]
         done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode:
             raise ValueError(f"bench group: {count} vectors ended with exit code {done.returncode}")
@@ -87,11 +90,12 @@ def bench_group(counts: list[int], out: Path, workers: int) -> dict[str, Any]:
     least, most = runs[0], runs[-1]
     growth = math.log(most["seconds"] / least["seconds"]) / math.log(most["n"] / least["n"]) if most["n"] > least["n"] else None
     result = {
-        "runs": runs, "exponent": growth, "width": WIDTH, "workers": workers, **machine("numpy", "scipy", "faiss-cpu"),
+        "runs": runs, "exponent": growth, "width": WIDTH, "workers": workers, "memory_gib": memory_gib,
+        **machine("numpy", "scipy", "faiss-cpu"),
     }  # fmt: skip
     write_json(out, result)
     return result
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(int(sys.argv[1]), int(sys.argv[2]))))
+    print(json.dumps(measure(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))))

@@ -13,21 +13,20 @@ vectors [rows, E], NaN where a space does not apply. A piece that is there is no
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import polars as pl
 from PIL import Image
 
 from easyref.config import Embed
+from easyref.data.engine import Engine, run
 from easyref.data.shards import read_image
 from easyref.progress import track
 from easyref.records import (
@@ -87,15 +86,19 @@ Make = Callable[[Embed], Extractors]
 def embed(p: Embed, images: Path, out: Path, work: Path, engine: Engine = "local", make: Make | None = None) -> dict[str, int]:
     """Write the vectors of all images in `images` to `out`; returns how many rows of each part.
 
-    `engine`: processes of this machine, or Ray (extra `ray`; RAY_ADDRESS names a cluster that sees the same folders). The files do not
-    depend on it, nor on `p.workers`: a piece is always made by one thread.
+    `engine`: data/engine.py. The files do not depend on it, nor on `p.workers`: a piece is always made by one thread.
     """
     table = read_table(images / "images.parquet", IMAGE_COLUMNS).sort("shard", "offset")
     pieces = [shard[i : i + PIECE] for shard in table.partition_by("shard", maintain_order=True) for i in range(0, len(shard), PIECE)]
-    parts = [work / f"{number:05d}-{_key(piece, p)[:16]}" for number, piece in enumerate(pieces)]
+    parts = [work.absolute() / f"{number:05d}-{_key(piece, p)[:16]}" for number, piece in enumerate(pieces)]
     todo = [(piece, part) for piece, part in zip(pieces, parts, strict=True) if not part.exists()]
-    for _ in track(ENGINES[engine](todo, images, p, make), "embed", len(todo), "pieces"):
-        pass
+    made = run(partial(embed_piece, images=images.absolute(), p=p, make=make), todo, p.workers, engine)
+    try:
+        for _ in track(made, "embed", len(todo), "pieces"):
+            pass
+    except BrokenExecutor as error:
+        fix = "it may have been out of memory: lower embed.workers or embed.batch; finished pieces are kept"
+        raise ValueError(f"embed: a worker was killed; {fix}") from error
     with atomic_folder(out) as folder:
         for number, part in enumerate(parts):
             for file in sorted(part.iterdir()):
@@ -109,47 +112,6 @@ def _key(piece: pl.DataFrame, p: Embed) -> str:
     return sha256_json([p.model_dump(exclude={"workers"}), piece["sha256"].to_list(), piece["caption"].to_list()])
 
 
-def _local(todo: Sequence[Piece], images: Path, p: Embed, make: Make | None) -> Iterator[None]:
-    if p.workers == 1 or len(todo) < 2:
-        for piece, part in todo:
-            embed_piece(piece, part, images, p, make)
-            yield
-        return
-    with ProcessPoolExecutor(p.workers, multiprocessing.get_context("forkserver")) as pool:
-        try:
-            yield from (made.result() for made in as_completed(pool.submit(embed_piece, *piece, images, p, make) for piece in todo))
-        except BrokenExecutor as error:
-            fix = "it may have been out of memory: lower embed.workers or embed.batch; finished pieces are kept"
-            raise ValueError(f"embed: a worker was killed; {fix}") from error
-
-
-def _ray(todo: Sequence[Piece], images: Path, p: Embed, make: Make | None) -> Iterator[None]:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray
-    except ImportError as error:
-        raise ValueError("--engine ray needs the package ray: pip install 'easyref[ray]'") from error
-    address = os.environ.get("RAY_ADDRESS")
-    ray.init(address=address, include_dashboard=False if address is None else None, num_cpus=None if address else p.workers)
-    try:
-        data = ray.data.from_items([{"piece": number} for number in range(len(todo))], override_num_blocks=max(1, len(todo)))
-
-        def made(row: dict[str, int]) -> dict[str, int]:
-            piece, part = todo[row["piece"]]
-            if not part.exists():  # else a worker died after it was made
-                embed_piece(piece, part, images.absolute(), p, make)
-            return row
-
-        for _ in data.map(made).iter_rows():
-            yield
-    finally:
-        ray.shutdown()
-
-
-Engine = Literal["local", "ray"]
-ENGINES = {"local": _local, "ray": _ray}
-
-
 @cache
 def _extractors(p: Embed, make: Make | None) -> Extractors:
     from easyref.data.hub import make_extractors
@@ -157,10 +119,13 @@ def _extractors(p: Embed, make: Make | None) -> Extractors:
     return (make or make_extractors)(p)
 
 
-def embed_piece(table: pl.DataFrame, part: Path, images: Path, p: Embed, make: Make | None = None) -> None:
-    """Write `rows.parquet` and an array a space for the images of `table`, all or nothing."""
+def embed_piece(piece: Piece, images: Path, p: Embed, make: Make | None) -> None:
+    """Write `rows.parquet` and an array a space, all or nothing."""
     import torch
 
+    table, part = piece
+    if part.exists():  # its worker died right after
+        return
     torch.set_num_threads(1)
     extractors = _extractors(p, make)
     rows: list[tuple] = []

@@ -12,6 +12,7 @@ identity: whose face it is, the largest of each image.
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +22,22 @@ import polars as pl
 from easyref.config import Group, Params
 from easyref.data.captions import GIVEN
 from easyref.data.embed import largest_faces, read_space
+from easyref.data.engine import Engine, run
 from easyref.data.learned import learn_groups, pair_scores, spread
-from easyref.data.neighbours import Array, kmeans, nearest
+from easyref.data.neighbours import Vectors, kmeans, nearest
 from easyref.records import FACE_COLUMNS, GROUP_COLUMNS, IMAGE_COLUMNS, read_table, write_json, write_table
 
 KEYS = {"subject": ("concept", "gender"), "person": ("style", "gender", "tone"), "style": ("style", "category"), "given": ("concept",)}
 
 
-def group_stage(params: Params, data: Path, metrics: Path, work: Path) -> pl.DataFrame:
+def group_stage(params: Params, data: Path, metrics: Path, work: Path, engine: Engine = "local") -> pl.DataFrame:
     """Write `groups/groups.parquet`, where there are faces `groups/faces.parquet`, and, where there are labels, what learned groups are
     worth against them to `metrics`."""
     p = params.group
     labelled = label_groups(read_table(data / "images" / "images.parquet", IMAGE_COLUMNS), p)
     kinds = set(p.likeness) if p.by == "embeddings" else set(p.likeness) & set(labelled["kind"])
     spaces = read_spaces(data / "embeddings", sorted(kinds), work)
-    learned = learned_groups(spaces, p, work, params.seed)
+    learned = learned_groups(spaces, p, work, params.seed, engine)
     scores = score(learned, labelled, spaces, params.seed)
     table = labelled.with_columns(cohesion=pl.lit(None, pl.Float64)) if p.by == "labels" else learned
     if not len(table):
@@ -75,7 +77,7 @@ def label_groups(images: pl.DataFrame, params: Group) -> pl.DataFrame:
     return pl.concat(tables).sort("group_id")
 
 
-Space = tuple[list[str], Array]  # of each row the image, and its vector [N, E]
+Space = tuple[list[str], Vectors]  # of each row the image, and its vector
 
 
 def read_spaces(embeddings: Path, kinds: list[str], work: Path) -> dict[str, Space]:
@@ -86,23 +88,24 @@ def read_spaces(embeddings: Path, kinds: list[str], work: Path) -> dict[str, Spa
         space, parts = LEARNED_FROM[kind]
         rows = work / f"{space}-rows.npy"
         for part in parts:
-            table, vectors = read_space(embeddings, space, part, rows, largest=part == "face")
+            table, _ = read_space(embeddings, space, part, rows, largest=part == "face")
             if len(table):
                 break
         if len(table) > 1:
+            vectors = Vectors(rows)
             spaces[kind] = table["sha256"].to_list(), vectors if space == "face" else spread(vectors, work / f"{kind}.npy")
         elif space == "face":
             print(f"{kind}: no faces in {embeddings}; set embed.faces and embed again, or leave {kind} out of group.likeness")
     return spaces
 
 
-def learned_groups(spaces: dict[str, Space], params: Group, work: Path, seed: int) -> pl.DataFrame:
+def learned_groups(spaces: dict[str, Space], params: Group, work: Path, seed: int, engine: Engine = "local") -> pl.DataFrame:
     """Groups of images whose vectors are alike, with their `cohesion` (mean cosine); an image is in one group of a kind at most."""
-    rows = []
+    rows, jobs = [], partial(run, workers=params.workers, engine=engine, threads=True)
     for kind, (names, vectors) in spaces.items():
         p = params.likeness[kind]  # type: ignore[index]
         taken: set[str] = set()
-        groups, _ = learn_groups(vectors, p, work, seed, params.workers)
+        groups, _ = learn_groups(vectors, p, work, seed, params.memory_gib, jobs)
         for group in sorted(groups, key=lambda g: (-g.cohesion, g.members)):
             members = sorted({names[i] for i in group.members} - taken)
             if len(members) >= p.min_members:
@@ -142,7 +145,7 @@ def score(learned: pl.DataFrame, labelled: pl.DataFrame, spaces: dict[str, Space
         mine = [[place[m] for m in members if m in place] for members in learned.filter(kind=kind)["members"].to_list()]
         names, vectors = spaces[kind]
         first = {name: row for row, name in reversed(list(enumerate(names))) if name in place}  # one subject of an image
-        known_nE = np.asarray(vectors[list(first.values())], np.float32)
+        known_nE = vectors[np.array(list(first.values()))]
         cell = nearest(known_nE, kmeans(known_nE, len(truth), seed))
         of_row = [place[name] for name in first]
         plain = [[of_row[i] for i in np.flatnonzero(cell == number)] for number in range(len(truth))]

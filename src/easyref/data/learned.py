@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
 from easyref.config import Likeness
-from easyref.data.neighbours import make_cells, similar_pairs
+from easyref.data.neighbours import ALONE, Run, Vectors, make_cells, similar_pairs, write_vectors
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -32,42 +33,43 @@ class LearnedGroup:
     cohesion: float  # mean cosine of its pairs
 
 
-def learn_groups(vectors_NE: Array, p: Likeness, work: Path, seed: int = 0, workers: int = 1) -> tuple[list[LearnedGroup], Array]:
-    """Groups of the unit vectors [N, E] in the order of their first members, and the rows left out as near duplicates.
+def learn_groups(
+    vectors: Vectors, p: Likeness, work: Path, seed: int = 0, memory_gib: float = 0.0, run: Run = ALONE
+) -> tuple[list[LearnedGroup], Array]:
+    """Groups of unit vectors in the order of their first members, and the rows left out as near duplicates.
 
-    The rows' order matters only for which of two near duplicates stays (the first): sort them by name before.
+    The rows' order matters only for which of two near duplicates stays (the first): sort them by name before. Files of `work` hold what
+    is long; vectors of more than `memory_gib` are read from there, cell by cell.
     """
-    if len(vectors_NE) < 2:
+    if len(vectors) < 2:
         return [], np.empty(0, np.int64)
-    work.mkdir(parents=True, exist_ok=True)
-    file = work / "cells.npy"
-    cells = make_cells(vectors_NE, file, seed, workers)
-    one, other, cosine = similar_pairs(cells, p.threshold, p.neighbours, workers)
-    del cells
-    file.unlink()
-    left_out = later_of_twins(one[cosine >= p.near_duplicate], other[cosine >= p.near_duplicate], len(vectors_NE))
-    keep = ~(np.isin(one, left_out) | np.isin(other, left_out))
-    one, other, cosine = one[keep], other[keep], cosine[keep]
-    groups = []
-    for part in parts(one, other, cosine, p.threshold, len(vectors_NE)):
-        rows = np.asarray(vectors_NE[part], np.float32)
-        for members in linked(rows, p.threshold, p.max_members):
-            if len(members) >= p.min_members:
-                groups.append(LearnedGroup(part[members].tolist(), cohesion(rows[members])))
+    with TemporaryDirectory(dir=work) as folder:
+        cells = make_cells(vectors, Path(folder), seed, memory_gib, run)
+        one, other, cosine = similar_pairs(cells, p.threshold, p.neighbours, run)
+        left_out = later_of_twins(one[cosine >= p.near_duplicate], other[cosine >= p.near_duplicate], len(vectors))
+        keep = ~(np.isin(one, left_out) | np.isin(other, left_out))
+        one, other, cosine = one[keep], other[keep], cosine[keep]
+        place = np.argsort(cells.read("which"))
+        groups = []
+        for part in parts(one, other, cosine, p.threshold, len(vectors)):
+            rows = cells.vectors[place[part]]
+            for members in linked(rows, p.threshold, p.max_members):
+                if len(members) >= p.min_members:
+                    groups.append(LearnedGroup(part[members].tolist(), cohesion(rows[members])))
     return sorted(groups, key=lambda g: g.members[0]), left_out
 
 
-def spread(vectors_NE: Array, file: Path) -> Array:
-    """Centred, with its main directions damped, unit length: float16 [N, ≤ WIDTH] in `file`. Features of an ImageNet network are
+def spread(vectors: Vectors, file: Path) -> Vectors:
+    """Centred, with its main directions damped, unit length: [N, ≤ WIDTH] in `file`. Features of an ImageNet network are
     nearly parallel, and a few directions (bright, round, with a face) outweigh what tells one subject from the next."""
     from threadpoolctl import threadpool_limits
 
-    count, width = vectors_NE.shape
+    count, width = vectors.shape
     blocks = [slice(i, i + 8192) for i in range(0, count, 8192)]
     with threadpool_limits(1):
         total, products = np.zeros(width), np.zeros((width, width))
         for block in blocks:
-            rows = np.asarray(vectors_NE[block], np.float32)
+            rows = vectors[block]
             total += rows.sum(0, dtype=np.float64)
             products += rows.T @ rows
         mean = total / count
@@ -75,11 +77,10 @@ def spread(vectors_NE: Array, file: Path) -> Array:
         kept = min(WIDTH, width, max(1, count - 1))
         variances, directions = np.maximum(variances[::-1][:kept], 1e-12), directions[:, ::-1][:, :kept]
         turn = (directions * variances**-DAMPING).astype(np.float32)
-        out_NE = np.lib.format.open_memmap(file, "w+", np.float16, (count, kept))
-        for block in blocks:
-            rows = (np.asarray(vectors_NE[block], np.float32) - mean.astype(np.float32)) @ turn
-            out_NE[block] = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-    return out_NE
+        turned = ((vectors[block] - mean.astype(np.float32)) @ turn for block in blocks)
+        return write_vectors(
+            file, (count, kept), (rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12) for rows in turned)
+        )
 
 
 def later_of_twins(one: Array, other: Array, count: int) -> Array:

@@ -1,141 +1,187 @@
 """Which vectors are alike, among any number of them: k-means cells, then exact cosines of a vector and the cells nearest to it.
 
 A vector stands in the cell of its nearest centre and looks into the PROBES cells nearest to itself: what it is like may stand beyond
-the border of its cell, on its own side of it. A pair counts that either of the two sees. Vectors are copied to disk cell by cell, so
-that a cell is read in one piece; what memory holds of a vector is its cells and its `most` neighbours. The centres cost the square of
-N, with a small factor: at 1e6 vectors a fifth of the time.
-The result depends on the vectors and the seed only: every product has the same shape and one BLAS thread, whatever the workers.
+the border of its cell, on its own side of it. A pair counts that either of the two sees. Everything that is as long as the vectors are
+many lies in files, cell by cell; what memory holds of a vector is some numbers and its `most` neighbours. The centres cost the square
+of N, with a small factor: at 1e6 vectors a fifth of the time.
+The result depends on the vectors and the seed only: every product has the same shape and one BLAS thread, whatever runs the jobs.
 
 Letters: N vectors · E width · M cells · P probes · n vectors of a cell.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from easyref.data import engine
 from easyref.progress import track
+from easyref.records import atomic_path
 from easyref.seeds import numpy_rng
 
 Array = np.ndarray[Any, np.dtype[Any]]
+Run = Callable[[engine.Do, Sequence[Any]], Iterator[None]]
+ALONE: Run = partial(engine.run, workers=1)
 
 CELL = 512  # vectors of a cell, about
 PROBES = 6  # cells that a vector looks into. Of planted pairs in topics of 500 to 30,000 vectors, 4 found .93 or more, 8 .984
 SAMPLE = 32  # vectors a centre in the training of k-means
 BLOCK = 4096  # vectors at once
+GATHER = 512  # scattered vectors at once: up to 64 KiB around each are mapped
+COSINES = 2**22  # cosines at once
+CELLS = 16  # of a job
 FOUND = 2**22  # pairs that are collected before only the nearest are kept
+
+
+class Vectors:
+    """Unit vectors float16 [N, E] in a .npy file: read when asked for and let go, or in memory if they take `memory_gib` at most."""
+
+    def __init__(self, file: Path, memory_gib: float = 0.0) -> None:
+        there = np.load(file, mmap_mode="r")
+        self.file, self.shape, self.offset = file.absolute(), there.shape, there.offset
+        self.held = np.load(file) if there.nbytes <= memory_gib * 2**30 else None
+
+    def __reduce__(self) -> tuple[type[Vectors], tuple[Path]]:
+        return Vectors, (self.file,)  # another process reads
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, places: Array | slice) -> Array:
+        """float32 [n, E]"""
+        if self.held is not None:
+            return self.held[places].astype(np.float32)
+        if isinstance(places, slice):
+            return self._mapped()[places].astype(np.float32)
+        rows = np.empty((len(places), self.shape[1]), np.float32)
+        for i in range(0, len(rows), GATHER):
+            rows[i : i + GATHER] = self._mapped()[places[i : i + GATHER]]
+        return rows
+
+    def _mapped(self) -> Array:
+        """Mapped anew each time: what was read goes with the mapping."""
+        return np.memmap(self.file, np.float16, "r", self.offset, self.shape)
+
+
+def write_vectors(file: Path, shape: tuple[int, int], blocks: Iterable[Array]) -> Vectors:
+    """`blocks` one after the other, as float16 [N, E]"""
+    with open(file, "wb") as out:
+        np.lib.format.write_array_header_1_0(out, {"descr": "<f2", "fortran_order": False, "shape": shape})
+        for block in blocks:
+            block.astype(np.float16).tofile(out)
+    return Vectors(file)
 
 
 @dataclass(frozen=True)
 class Cells:
-    """Vectors sorted by cell: unit vectors float16 [N, E] on disk, which vector stands at a place [N], where cells begin [M + 1],
-    the cells that the vector at a place looks into [N, P]."""
+    """Vectors sorted by cell, and in `folder`: `which` vector stands at a place [N] and where cells `begin` [M + 1]; places by the cell
+    that they look into, `lookers` [N·P], and where those of a cell begin, `looks` [M + 1]."""
 
-    vectors_NE: Array
-    which_N: Array
-    begin_M: Array
-    probes_NP: Array
+    vectors: Vectors
+    folder: Path
+
+    def read(self, name: str) -> Array:
+        return np.load(self.folder / f"{name}.npy", mmap_mode="r")
 
     def __len__(self) -> int:
-        return len(self.begin_M) - 1
-
-    def rows(self, places: Array | slice) -> Array:
-        """float32 [n, E]"""
-        return np.asarray(self.vectors_NE[places], np.float32)
+        return len(self.read("begin")) - 1
 
 
-def make_cells(vectors_NE: Array, file: Path, seed: int = 0, workers: int = 1) -> Cells:
-    """Divide unit vectors [N, E] (float16 or float32, may be memory-mapped) into cells; their sorted copy goes to `file`."""
-    count = len(vectors_NE)
-    number = max(1, round(count / CELL))
+def make_cells(vectors: Vectors, folder: Path, seed: int = 0, memory_gib: float = 0.0, run: Run = ALONE) -> Cells:
+    """Divide unit vectors into cells, in files of `folder`."""
+    count, number = len(vectors), max(1, round(len(vectors) / CELL))
+    folder = folder.absolute()
     drawn = np.sort(numpy_rng(seed, "cells").permutation(count)[: number * SAMPLE])
-    centres_ME = kmeans(np.asarray(vectors_NE[drawn], np.float32), number, seed)
-    blocks = _blocks(np.arange(count))
-
-    def probes(block: int) -> Array:
-        rows = np.asarray(vectors_NE[blocks[block]], np.float32)
-        similar = rows @ centres_ME.T
-        found = np.argpartition(-similar, min(PROBES, number) - 1, axis=1)[:, :PROBES]
-        order = np.argsort(-np.take_along_axis(similar, found, 1), axis=1, kind="stable")
-        return np.take_along_axis(found, order, 1).astype(np.int32)
-
-    probes_NP = np.concatenate(list(track(_in_order(probes, len(blocks), workers), "cells", len(blocks), "blocks")))
+    np.save(folder / "centres.npy", kmeans(vectors[drawn], number, seed))
+    size = max(1, min(BLOCK, COSINES // number))
+    begins = range(0, count, size)
+    for _ in track(run(partial(_probe, size=size, vectors=vectors, folder=folder), begins), "cells", len(begins), "blocks"):
+        pass
+    probes_NP = np.concatenate([np.load(folder / f"probes-{begin}.npy") for begin in begins])
     which_N = np.argsort(probes_NP[:, 0], kind="stable")
-    sorted_NE = np.lib.format.open_memmap(file, "w+", np.float16, vectors_NE.shape)
-    for block in blocks:
-        sorted_NE[block] = vectors_NE[which_N[block]]
-    sorted_NE.flush()
-    return Cells(np.load(file, mmap_mode="r"), which_N, _begins(probes_NP[:, 0], number), probes_NP[which_N])
+    looks = probes_NP[which_N].ravel()
+    np.save(folder / "which.npy", which_N)
+    np.save(folder / "begin.npy", _begins(probes_NP[:, 0], number))
+    np.save(folder / "lookers.npy", np.argsort(looks, kind="stable") // probes_NP.shape[1])
+    np.save(folder / "looks.npy", _begins(looks, number))
+    write_vectors(folder / "sorted.npy", vectors.shape, (vectors[which_N[i : i + BLOCK]] for i in range(0, count, BLOCK)))
+    return Cells(Vectors(folder / "sorted.npy", memory_gib), folder)
 
 
-def similar_pairs(cells: Cells, threshold: float, most: int, workers: int = 1) -> tuple[Array, Array, Array]:
+def _probe(begin: int, size: int, vectors: Vectors, folder: Path) -> None:
+    """A job: the cells that vectors look into, nearest first, [size, P]."""
+    centres_ME = np.load(folder / "centres.npy")
+    similar = vectors[begin : begin + size] @ centres_ME.T
+    found = np.argpartition(-similar, min(PROBES, len(centres_ME)) - 1, axis=1)[:, :PROBES]
+    order = np.argsort(-np.take_along_axis(similar, found, 1), axis=1, kind="stable")
+    _save(folder / f"probes-{begin}.npy", np.take_along_axis(found, order, 1).astype(np.int32))
+
+
+def similar_pairs(cells: Cells, threshold: float, most: int, run: Run = ALONE) -> tuple[Array, Array, Array]:
     """Pairs of vectors whose cosine is at least `threshold`, each within the `most` nearest of the other:
     numbers of the one [pairs], of the other [pairs] (the smaller first, sorted), and their cosine [pairs]."""
-    count, looks = len(cells.which_N), cells.probes_NP.shape[1]
-    lookers = np.argsort(cells.probes_NP, axis=None, kind="stable") // looks  # places by the cell that they look into
-    begin_M = _begins(cells.probes_NP.ravel(), len(cells))
+    count, number = len(cells.vectors), len(cells)
+    jobs = [range(first, min(first + CELLS, number)) for first in range(0, number, CELLS)]
+    for _ in track(run(partial(_pairs, cells=cells, threshold=threshold, most=most), jobs), "similar pairs", len(jobs), "jobs"):
+        pass
+    found, waiting = np.empty(0, PAIR), []
+    for job in jobs:
+        waiting.append(np.load(cells.folder / f"pairs-{job.start}.npy"))
+        if job == jobs[-1] or sum(map(len, waiting)) > max(FOUND, len(found)):
+            found, waiting = _nearest_ones([found, *waiting], most, count), []
+    one, other = np.divmod(found["key"], count)
+    both = np.isin(found["key"], other * count + one) & (one < other)
+    return one[both], other[both], found["cosine"][both]
 
-    def of_cell(cell: int) -> tuple[Array, Array]:
-        """From either vector to the other: vector × N + neighbour, and the cosine."""
-        place = slice(int(cells.begin_M[cell]), int(cells.begin_M[cell + 1]))
-        rows = cells.rows(place)
-        keys, cosines = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
-        for here in _blocks(lookers[begin_M[cell] : begin_M[cell + 1]]):
-            similar = cells.rows(here) @ rows.T
+
+PAIR = np.dtype([("key", np.int64), ("cosine", np.float32)])  # from either vector to the other: vector × N + neighbour
+
+
+def _pairs(job: range, cells: Cells, threshold: float, most: int) -> None:
+    """A job: the pairs that lookers into these cells find there."""
+    count, found = len(cells.vectors), [np.empty(0, PAIR)]
+    which, begin, lookers, looks = (cells.read(name) for name in ("which", "begin", "lookers", "looks"))
+    for cell in job:
+        place = int(begin[cell])
+        rows = cells.vectors[place : begin[cell + 1]]
+        for start in range(looks[cell], looks[cell + 1], BLOCK):
+            here = np.array(lookers[start : min(start + BLOCK, looks[cell + 1])])
+            similar = cells.vectors[here] @ rows.T
             i, j = np.nonzero(similar >= threshold)
-            apart = here[i] != place.start + j
+            apart = here[i] != place + j
             i, j = i[apart], j[apart]
-            one, other = cells.which_N[here[i]], cells.which_N[place.start + j]
-            keys += [one * count + other, other * count + one]
-            cosines += [similar[i, j]] * 2
-        return np.concatenate(keys), np.concatenate(cosines)
-
-    keys, cosines = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
-    for key, cosine in track(_in_order(of_cell, len(cells), workers), "similar pairs", len(cells), "cells"):
-        keys.append(key)
-        cosines.append(cosine)
-        if sum(map(len, keys[1:])) > max(FOUND, len(keys[0])):
-            keys, cosines = ([kept] for kept in _nearest_ones(keys, cosines, most, count))
-    key, cosine = _nearest_ones(keys, cosines, most, count)
-    one, other = np.divmod(key, count)
-    both = np.isin(key, other * count + one) & (one < other)
-    return one[both], other[both], cosine[both]
+            one, other = which[here[i]], which[place + j]
+            for key in (one * count + other, other * count + one):
+                found.append(np.rec.fromarrays([key, similar[i, j]], PAIR))
+    _save(cells.folder / f"pairs-{job.start}.npy", _nearest_ones(found, most, count))
 
 
-def _nearest_ones(keys: list[Array], cosines: list[Array], most: int, count: int) -> tuple[Array, Array]:
+def _save(file: Path, array: Array) -> None:
+    with atomic_path(file) as temporary:
+        np.save(temporary, array)
+
+
+def _nearest_ones(found: list[Array], most: int, count: int) -> Array:
     """Of each vector its `most` nearest neighbours, every one once, sorted."""
-    key, first = np.unique(np.concatenate(keys), return_index=True)
-    cosine = np.concatenate(cosines)[first]
-    vector = key // count
+    pairs = np.concatenate(found)
+    pairs = pairs[np.unique(pairs["key"], return_index=True)[1]]
+    vector = pairs["key"] // count
     crowded = np.flatnonzero(np.bincount(vector, minlength=count)[vector] > most)
-    order = crowded[np.lexsort((-cosine[crowded], vector[crowded]))]
+    order = crowded[np.lexsort((-pairs["cosine"][crowded], vector[crowded]))]
     rank = np.arange(len(order)) - np.searchsorted(vector[order], vector[order])
-    keep = np.ones(len(key), bool)
+    keep = np.ones(len(pairs), bool)
     keep[order[rank >= most]] = False
-    return key[keep], cosine[keep]
+    return pairs[keep]
 
 
 def _begins(cell: Array, number: int) -> Array:
     """Where each of `number` cells begins among sorted cell numbers, and where the last ends."""
     return np.concatenate([[0], np.cumsum(np.bincount(cell, minlength=number))])
-
-
-def _blocks(places: Array) -> list[Array]:
-    return [places[i : i + BLOCK] for i in range(0, len(places), BLOCK)]
-
-
-def _in_order(function: Callable[[int], Any], count: int, workers: int) -> Iterator[Any]:
-    """function(0), function(1) … in order, several at once; one BLAS thread each, so that the sums do not depend on `workers`."""
-    from threadpoolctl import threadpool_limits
-
-    with threadpool_limits(1), ThreadPoolExecutor(workers) as pool:
-        for start in range(0, count, 64):
-            yield from pool.map(function, range(start, min(start + 64, count)))
 
 
 def kmeans(vectors_nE: Array, count: int, seed: int) -> Array:
