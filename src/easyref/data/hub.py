@@ -13,21 +13,21 @@ from PIL import Image
 
 from easyref.config import Embed, Model, Score, Subjects
 from easyref.data.embed import Box, Extractors
-from easyref.data.extractors import Array, Lite0, MiniLM
+from easyref.data.extractors import Array, Lite0, MiniLM, Palette
 from easyref.data.faces import Faces
 
 
 def make_extractors(p: Embed) -> Extractors:
-    lite0 = Lite0(batch=p.batch)
+    lite0, palette = Lite0(), Palette()
     images = HubImages(p.images) if p.images else None
 
-    def both(items: Sequence[Image.Image]) -> tuple[Array, Array]:
+    def of_images(items: Sequence[Image.Image]) -> dict[str, Array]:
         deep, shallow = lite0.both(items)
-        return (images(items) if images else deep), shallow
+        return {"subject": images(items) if images else deep, "style": shallow, "palette": palette(items)}
 
     texts = HubTexts(p.texts, p.batch) if p.texts else MiniLM(batch=p.batch)
     subjects = HubSubjects(p.subjects) if p.subjects else None
-    return Extractors(both, texts, subjects, images or lite0, Faces(p.faces) if p.faces else None)
+    return Extractors(of_images, texts, subjects, images or lite0, Faces(p.faces) if p.faces else None)
 
 
 def _load(auto: str, model: Model) -> Any:

@@ -1,7 +1,11 @@
 """Groups from vectors alone: images whose vectors are alike, without any label (the paper's idea, method.md §5, made explicit).
 
-candidate pairs (neighbours.py) → near duplicates: one stays → connected parts of the pairs → in each part average linkage, cut where
-the mean cosine between two clusters falls under the threshold or the union gets too large. Every image is in one group at most.
+candidate pairs (neighbours.py) → near duplicates: one stays → groups of the pairs. Every image is in one group at most. Either
+
+tight  connected parts of the pairs, in each average linkage, cut where the mean cosine between two clusters falls under the threshold
+       or the union gets too large: all members are alike.
+loose  communities (`resolution`): more pairs inside than chance has it. Neighbours are alike, those far apart need not be: a style
+       has faces and boats, which share neither colours nor textures, but a chain of images leads from one to the other.
 
 Letters: N vectors · E width · P pairs.
 """
@@ -49,17 +53,19 @@ def learn_groups(
         left_out = later_of_twins(one[cosine >= p.near_duplicate], other[cosine >= p.near_duplicate], len(vectors))
         keep = ~(np.isin(one, left_out) | np.isin(other, left_out))
         one, other, cosine = one[keep], other[keep], cosine[keep]
-        place = np.argsort(cells.read("which"))
-        groups = []
-        for part in parts(one, other, cosine, p.threshold, len(vectors)):
-            rows = cells.vectors[place[part]]
-            for members in linked(rows, p.threshold, p.max_members):
-                if len(members) >= p.min_members:
-                    groups.append(LearnedGroup(part[members].tolist(), cohesion(rows[members])))
+        place, groups = np.argsort(cells.read("which")), []
+        if p.resolution:
+            found = communities(one, other, cosine, len(vectors), p.resolution, p.max_members)
+        else:
+            alike = parts(one, other, cosine, p.threshold, len(vectors))
+            found = (part[rows] for part in alike for rows in linked(cells.vectors[place[part]], p.threshold, p.max_members))
+        for members in found:
+            if len(members) >= p.min_members:
+                groups.append(LearnedGroup(members.tolist(), cohesion(cells.vectors[place[members]])))
     return sorted(groups, key=lambda g: g.members[0]), left_out
 
 
-def spread(vectors: Vectors, file: Path) -> Vectors:
+def spread(vectors: Vectors, file: Path, damping: float = DAMPING) -> Vectors:
     """Centred, with its main directions damped, unit length: [N, ≤ WIDTH] in `file`. Features of an ImageNet network are
     nearly parallel, and a few directions (bright, round, with a face) outweigh what tells one subject from the next."""
     from threadpoolctl import threadpool_limits
@@ -76,11 +82,19 @@ def spread(vectors: Vectors, file: Path) -> Vectors:
         variances, directions = np.linalg.eigh(products / count - np.outer(mean, mean))
         kept = min(WIDTH, width, max(1, count - 1))
         variances, directions = np.maximum(variances[::-1][:kept], 1e-12), directions[:, ::-1][:, :kept]
-        turn = (directions * variances**-DAMPING).astype(np.float32)
-        turned = ((vectors[block] - mean.astype(np.float32)) @ turn for block in blocks)
-        return write_vectors(
-            file, (count, kept), (rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12) for rows in turned)
-        )
+        turn = (directions * variances**-damping).astype(np.float32)
+        return write_vectors(file, (count, kept), (_unit((vectors[block] - mean.astype(np.float32)) @ turn) for block in blocks))
+
+
+def joined(first: Vectors, second: Vectors, share: float, file: Path) -> Vectors:
+    """Unit vectors of two spaces as those of one in `file`, the second `share` times as long."""
+    blocks = (slice(i, i + 8192) for i in range(0, len(first), 8192))
+    width = first.shape[1] + second.shape[1]
+    return write_vectors(file, (len(first), width), (_unit(np.hstack([first[b], share * second[b]])) for b in blocks))
+
+
+def _unit(rows: Array) -> Array:
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
 def later_of_twins(one: Array, other: Array, count: int) -> Array:
@@ -129,6 +143,29 @@ def linked(vectors_nE: Array, threshold: float, most: int) -> Iterator[Array]:
             yield np.sort(node.pre_order())
         else:
             waiting += [node.left, node.right]
+
+
+def communities(one: Array, other: Array, cosine: Array, count: int, resolution: float, most: int) -> Iterator[Array]:
+    """Louvain's (arXiv 0803.0476): rows with more pairs among them than `resolution` times what chance has; those of more than `most`
+    rows are divided at twice the resolution, and so on."""
+    from scipy.sparse import csr_matrix
+    from sknetwork.clustering import Louvain
+
+    if not len(one):
+        return
+    graph = csr_matrix((np.tile(cosine, 2), (np.r_[one, other], np.r_[other, one])), (count, count))
+    labels = Louvain(resolution).fit_predict(graph)
+    order = np.argsort(labels, kind="stable")
+    for members in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1):
+        if len(members) <= most:
+            yield members
+            continue
+        inside = graph[members][:, members].tocoo()
+        half = inside.row < inside.col
+        yield from (
+            members[rows]
+            for rows in communities(inside.row[half], inside.col[half], inside.data[half], len(members), 2 * resolution, most)
+        )
 
 
 def cohesion(vectors_nE: Array) -> float:
