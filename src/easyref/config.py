@@ -119,7 +119,7 @@ class Likeness(Section):
     neighbours: PositiveInt  # nearest ones that are looked at
     min_members: int = Field(ge=2)
     max_members: int = Field(ge=2)
-    resolution: float | None = Field(gt=0)  # of communities (the less, the larger); null: all members are alike
+    resolution: float | None = Field(default=None, gt=0)  # makes communities (the less, the larger); without, all members are alike
 
     @model_validator(mode="after")
     def _members(self) -> Likeness:

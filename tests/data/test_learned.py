@@ -91,7 +91,7 @@ def test_planted_groups_come_back_whatever_workers_and_memory(tmp_path: Path, mo
 def test_one_of_near_duplicates_stays(tmp_path: Path) -> None:
     vectors = clustered(400)
     twins = np.concatenate([vectors, vectors[:50]])
-    p = Likeness(threshold=0.5, near_duplicate=0.999, neighbours=16, min_members=2, max_members=8, resolution=None)
+    p = Likeness(threshold=0.5, near_duplicate=0.999, neighbours=16, min_members=2, max_members=8)
     groups, left_out = learn_groups(stored(twins, tmp_path), p, tmp_path)
     assert left_out.tolist() == list(range(400, 450))
     members = [m for g in groups for m in g.members]
@@ -183,7 +183,7 @@ def embedded(folder: Path, names: list[str], vectors: np.ndarray, shards: list[n
 
 
 def learning_subjects(threshold: float) -> Group:
-    p = Likeness(threshold=threshold, near_duplicate=1.0, neighbours=16, min_members=2, max_members=8, resolution=None)
+    p = Likeness(threshold=threshold, near_duplicate=1.0, neighbours=16, min_members=2, max_members=8)
     return load_params("presets/nano.yaml").group.model_copy(update={"likeness": {"subject": p}})
 
 

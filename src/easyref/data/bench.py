@@ -31,7 +31,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 WIDTH = 512
 TOPIC = 2000  # vectors of a topic, about
-LIKENESS = Likeness(threshold=0.55, near_duplicate=0.98, neighbours=16, min_members=2, max_members=16, resolution=None)
+LIKENESS = Likeness(threshold=0.55, near_duplicate=0.98, neighbours=16, min_members=2, max_members=16)
 
 
 def plant(count: int, file: Path, seed: int = 0) -> tuple[Vectors, list[list[int]]]:
