@@ -17,6 +17,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from easyref import cli
+from easyref.config import parse_params
 from easyref.model import weights
 from easyref.training import stages, state
 from tests.processes import exit_code, start
@@ -122,6 +123,15 @@ def test_each_stage_changes_exactly_its_parts(place: Path) -> None:
         for part in ("encoder.reference_tokens", "encoder.final_layer.", "encoder.projector.", "adapter.reference_kv."):
             assert any(k.startswith(part) for k in changed), part
     assert any(not torch.equal(single[k], multi[k]) for k in single if k.startswith("encoder.mllm.visual"))
+
+
+def test_a_stage_without_the_faces_it_needs_says_so_before_the_warm_start(place: Path, tmp_path: Path, capsys) -> None:
+    values = yaml.safe_load((place / "params.yaml").read_text())
+    values["pretrain"]["face_share"] = 0.5
+    out, curves, work = (tmp_path / name for name in ("out", "curves", "work"))
+    with pytest.raises(ValueError, match=r"^pretrain.face_share 0.5: no face is known .*, or set face_share to 0$"):
+        stages.run_stage(parse_params(values), "pretrain", place / "data", place / "models", out, curves, work, None)
+    assert not list(tmp_path.rglob("align*")) and "align" not in capsys.readouterr().out
 
 
 def test_curves_have_the_columns_that_dvc_draws(place: Path) -> None:

@@ -120,6 +120,7 @@ def run_stage(
     store = open_store(params.loading, models, [p.precision, p.compile], kept, models_folder / "base")
     inputs = Inputs(models, images, frozen, store, _framing(p, images, models), p.cache_prefix)
     validate = Validation(params, inputs, data)
+    samples = stream(params, name, models, inputs)  # what it lacks is told before the work
     warm = work / "align.safetensors" if params.align and not starts_from else None
     if warm:
         align(params, inputs, validate.inputs, warm, engine, allow)
@@ -137,7 +138,7 @@ def run_stage(
     )
     more: dict[str, Any] = {"factors": factors, "validate": validate, "shard": True, "watchers": watchers}
     state = work / f"{name}.safetensors"
-    task = stream(params, name, models, inputs).task(trained, depends, params.loading.workers, **more)
+    task = samples.task(trained, depends, params.loading.workers, **more)
     train(task, p, state, engine, allow)
     tensors = engine.gather(weights.tensors(models.encoder, models.adapter, checkpoint.has_mllm))
     if not engine.main:
