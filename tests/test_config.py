@@ -26,7 +26,7 @@ def test_presets_are_complete(path: Path) -> None:
         (lambda d: d["pretrain"].update(learningrate=1), "pretrain.learningrate = 1: unknown key; did you mean 'learning_rate'"),
         (lambda d: d["split"].update(held_out_groups="many"), "split.held_out_groups = 'many'"),
         (lambda d: d.pop("group"), "group: missing; add it"),
-        (lambda d: d["pretrain"].update(microbatch=5), "microbatch 5 does not divide batch 16"),
+        (lambda d: d["pretrain"].update(microbatch=5), "microbatch 5 does not divide batch 32"),
         (lambda d: d["finetune_multi"].update(max_references=99), "finetune_multi.max_references 99 is over"),
         (lambda d: d["base"].update(source="hub"), "source hub needs exactly diffusion_id"),
         (lambda d: d["pretrain"].update(prediction="epsilon", zero_terminal_snr=True), "pretrain: zero_terminal_snr needs prediction"),
