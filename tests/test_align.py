@@ -1,28 +1,31 @@
 """The warm start of the pretraining on the shipped base models and a few real images."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from easyref.config import ConfigError, Params, parse_params
 from easyref.data.captions import caption
 from easyref.data.dataset import TrainingImages
-from easyref.training.align import PARTS, align, shares
+from easyref.training.align import PARTS, align, dealt
 from easyref.training.inputs import NULL, Inputs, Sample
 from easyref.training.models import Models, load_models
 from tests.projects import small_data
 
 torch.set_num_threads(1)
 ALIGN = {
-    "images": 960,
+    "images": 640,
     "batch": 16,
     "microbatch": 16,
-    "save_images": 480,
+    "save_images": 320,
     "warmup_images": 0,
-    "cooldown_images": 480,
+    "cooldown_images": 320,
     "ema_images": 0,
     "group_share": 0.0,
     "swap_colours": 0.0,
@@ -53,41 +56,57 @@ def errors(models: Models, inputs: Inputs, items: list[int]) -> torch.Tensor:
     return (tokens_NTX[:, None] - states_NTX[None]).square().mean((2, 3))
 
 
+@torch.no_grad()
+def explained(models: Models, images: TrainingImages, items: Sequence[int], state: Path) -> float:
+    """Share of the variance of the images' latents that the map in the state makes of the tokens of each as its own reference."""
+    pixels = [np.asarray(images.store.image(images.sha256s[i]), np.float32) / 127.5 - 1 for i in items]
+    latents = models.vae.encode(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)).latent_dist.mean
+    wanted = (latents * models.vae.config.scaling_factor).permute(0, 2, 3, 1).reshape(len(items), 16, 32)
+    kept = load_file(state)
+    weight, mean = (next(t for name, t in kept.items() if name.endswith(f"readout.{part}")) for part in ("map.weight", "mean"))
+    tokens = models.encoder(models.processor([[images.store.image(images.sha256s[i])] for i in items], [""] * len(items)))
+    error = (tokens @ weight.T + mean - wanted).square().mean()
+    return 1 - (error / (wanted - wanted.mean(0)).square().mean()).item()
+
+
 def test_tokens_become_the_text_states_of_their_own_images_caption(params: Params, tmp_path: Path) -> None:
-    """On a few images seen many times; the null reference becomes the empty caption. Nothing but PARTS changes."""
+    """On a few images seen many times, whose latents they hold, too; the null reference becomes the empty caption. Nothing but PARTS
+    changes."""
     small_data(tmp_path / "data", params, every=80)
     models = load_models(params, Path("models"), None, "fp32")
     images = TrainingImages(tmp_path / "data")
     images.weights[8:] = 0
-    inputs, held_out = Inputs(models, images, True), Inputs(models, images, False)
+    inputs, others_too = Inputs(models, images, True), Inputs(models, images, False)
     before = {name: tensor.detach().clone() for name, tensor in models.named_parameters().items()}
-    align(params, inputs, held_out, tmp_path / "align.safetensors")
+    align(params, inputs, others_too, tmp_path / "align.safetensors")
     changed = {name for name, tensor in models.named_parameters().items() if not torch.equal(tensor, before[name])}
     assert changed == set(models.trainable(PARTS)[0])
 
     apart_NN = errors(models, inputs, [*range(8), NULL])
     others = [apart_NN[i, [j for j in range(9) if j != i]].min() for i in range(9)]
-    assert all(apart_NN[i, i] < others[i] for i in range(9)), apart_NN
-    assert apart_NN.diagonal().mean() < 0.5 * sum(others) / 9, apart_NN
+    assert sum(bool(apart_NN[i, i] < others[i]) for i in range(9)) >= 7, apart_NN
+    assert apart_NN.diagonal().mean() < 0.9 * sum(others) / 9, apart_NN
+    assert explained(models, images, range(8), tmp_path / "align.safetensors") > 0.5
     rows = [json.loads(row) for row in (tmp_path / "align.jsonl").read_text().splitlines()]
-    for name in ("held_out_explained", "held_out_latents"):
-        shares = [row[name] for row in rows if name in row]
-        assert len(shares) == 3 and shares[0] < shares[-1] < 1, name
-    assert shares[-1] > 0.1, "the latents of images that no training saw"
+    held_out = [row for row in rows if "held_out_latents" in row]
+    assert len(held_out) == 3 and held_out[0]["held_out_explained"] < held_out[-1]["held_out_explained"] < 1
+    first = range(min(128, len(images.labels)))  # the logged share, of images that were not trained on
+    assert held_out[-1]["held_out_latents"] == pytest.approx(explained(models, images, first, tmp_path / "align.safetensors"), abs=1e-3)
 
     again = load_models(params, Path("models"), None, "fp32")
-    align(params, Inputs(again, images, True), held_out, tmp_path / "align.safetensors")  # done: its state is read, nothing is trained
+    align(params, Inputs(again, images, True), others_too, tmp_path / "align.safetensors")  # its state is read
     aligned = models.named_parameters()
     assert all(torch.equal(tensor, aligned[name]) for name, tensor in again.named_parameters().items())
 
 
-def test_shares_of_the_latents_are_rows_of_the_image() -> None:
+def test_latents_are_dealt_out_row_by_row() -> None:
     latents_BChw = torch.arange(2 * 3 * 4 * 4.0).view(2, 3, 4, 4)
-    parts_BTE = shares(latents_BChw, 8)
+    parts_BTE = dealt(latents_BChw, 8)
     assert parts_BTE.shape == (2, 8, 6)
     assert parts_BTE[1, 5].tolist() == [*latents_BChw[1, :, 2, 2], *latents_BChw[1, :, 2, 3]], "half of row 2, all channels"
-    with pytest.raises(ValueError, match=r"48 latent values, no multiple of reference\.num_tokens 5; change that"):
-        shares(latents_BChw, 5)
+    filled_BTE = dealt(latents_BChw, 5)
+    assert filled_BTE.shape == (2, 5, 10) and filled_BTE.flatten(1)[:, 48:].tolist() == [[0, 0]] * 2
+    assert torch.equal(filled_BTE.flatten(1)[:, :48], parts_BTE.flatten(1))
 
 
 def test_more_reference_tokens_than_text_tokens_is_one_line() -> None:

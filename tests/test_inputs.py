@@ -24,7 +24,7 @@ from easyref.images import to_png
 from easyref.records import IMAGE_COLUMNS, sha256_json, write_table
 from easyref.training.ahead import ahead
 from easyref.training.align import seen_labels
-from easyref.training.inputs import NULL, Inputs, Sample, Sampler, Seen, microbatches, open_store
+from easyref.training.inputs import NULL, Inputs, Sample, Sampler, Seen, keep_frozen, microbatches, open_store
 from easyref.training.models import load_models
 from easyref.training.stages import STAGES, sample_loss
 from easyref.training.store import Disk, Store
@@ -303,9 +303,13 @@ def test_encodings_of_other_models_precision_or_tokenizers_are_not_found(params:
         return {kind for kind in ("latents", "text", "vision", "prefix", "pixels") if kept.find(kind, "key")}
 
     def opened(how: str = "fp32", frozen: str | None = "mllm", **changed: Any) -> set[str]:
-        return kinds_found(open_store(loading, replace(models, **changed), [how], frozen, base))
+        kept = open_store(loading, replace(models, **changed), [how], base)
+        if frozen:
+            keep_frozen(kept, models, frozen)
+        return kinds_found(kept)
 
-    first = open_store(loading, models, ["fp32"], "mllm", base)
+    first = open_store(loading, models, ["fp32"], base)
+    keep_frozen(first, models, "mllm")
     for kind in ("latents", "text", "vision", "prefix", "pixels"):
         first.get(lambda: {"x": torch.ones(3)}, kind, "key")
     assert opened() == {"latents", "text", "vision", "prefix"}

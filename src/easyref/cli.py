@@ -231,7 +231,7 @@ def _stage(name: str, params: Path, allow: list[str] | None) -> None:
 
 @app.command()
 def pretrain(params: ParamsFile = PARAMS, allow: Allow = None) -> None:
-    """Stage 1, alignment: the MLLM but for its last layer is frozen (training/stages.py)."""
+    """Stage 1, alignment: the MLLM but for its last layer is frozen, after a warm start if there is one (training/stages.py)."""
     _stage("pretrain", params, allow)
 
 

@@ -316,6 +316,12 @@ class Samples(Optimisation):
 class Align(Samples):
     """Warm start of the pretraining (training/align.py)."""
 
+    @model_validator(mode="after")
+    def _whole_squares(self) -> Align:
+        if self.keep_aspect or self.face_share:
+            raise ValueError("keep_aspect and face_share are not for the warm start, whose tokens hold whole squares; leave them out")
+        return self
+
 
 class Stage(Samples):
     """One of the three training stages (method.md §4); what each one trains stands in training/stages.py."""

@@ -37,7 +37,7 @@ from easyref.training.align import PARTS
 from easyref.training.ema import WIDTHS
 from easyref.training.loss import diffusion_loss, encode_batch, encode_text, to_latents
 from easyref.training.models import CHECKPOINT, DTYPES, Models, fresh_easyref
-from easyref.training.stages import STAGES, frozen_prefix, parts
+from easyref.training.stages import STAGES, parts, trains_mllm
 
 META = torch.device("meta")
 EFFICIENCY = 0.5  # share of a matrix product's speed that a training reaches: 0.51 to 0.54 in the nano stages on one CPU core
@@ -78,7 +78,7 @@ def plan(params: Params, folder: Path) -> tuple[dict[str, int], dict[str, list[R
     models = cache(partial(easyref_models, params, folder))  # LoRA of the full rank takes seconds to put in
     stages |= {name: [stage_row(params, name, models)] for name in STAGES}
     if params.align:
-        stages["pretrain"].insert(0, align_row(params, params.align, models(None, "fp32")))
+        stages["pretrain"].insert(0, align_row(params, params.align, models))
     drawn = evaluate_row(params, easyref_models(params, folder, None, "fp32"))
     more = len(COMPARISON.methods) - len(CONDITIONS) - 1  # `mrbench` finds those of `evaluate`, and a copy is not drawn
     baselines = replace(drawn, name="mrbench, without tuning", images=drawn.images // len(CONDITIONS) * more)
@@ -182,7 +182,8 @@ def stage_row(params: Params, name: str, make: Callable[..., Models]) -> Row:
     """One of the three stages, with the most references in every sample; what a run caches is computed once an image."""
     p = getattr(params, name)
     trains = parts(name, p)
-    models = make(p.lora_rank or None, p.precision, frozen_prefix(trains), tuple(p.recompute))
+    frozen = not trains_mllm(params, name, STAGES[name].starts_from is not None)
+    models = make(p.lora_rank or None, p.precision, frozen, tuple(p.recompute))
     trained, _ = models.trainable(trains)
 
     def loss() -> Tensor:
@@ -195,14 +196,17 @@ def stage_row(params: Params, name: str, make: Callable[..., Models]) -> Row:
     return _row(params, name, p, _modules(models), trained.values(), loss, p.max_references, p.precision, models.vae, 1)
 
 
-def align_row(params: Params, p: Align, models: Models) -> Row:
-    """The warm start of the pretraining; text states and latents are computed once a caption and once an image."""
+def align_row(params: Params, p: Align, make: Callable[..., Models]) -> Row:
+    """The warm start of the pretraining, on its models; text states and latents are computed once a caption and once an image."""
+    stage = params.pretrain
+    models = make(stage.lora_rank or None, stage.precision, False, tuple(stage.recompute))
     trained, _ = models.trainable(PARTS)
 
     def loss() -> Tensor:
         return models.encoder(_prefix(params, models, p.microbatch, p.max_references)).square().mean()
 
-    return _row(params, "pretrain: align", p, _modules(models), trained.values(), loss, p.max_references, "fp32", None, 0)
+    modules, precision = _modules(models), stage.precision
+    return _row(params, "pretrain: align", p, modules, trained.values(), loss, p.max_references, precision, models.vae, 1)
 
 
 def evaluate_row(params: Params, models: Models) -> Row:

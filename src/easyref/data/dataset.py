@@ -55,7 +55,7 @@ class TrainingImages:
             table = read_table(data / "split" / "groups.parquet").filter(split="train").sort("group_id")
             self.groups = [(g["kind"], [place[m] for m in g["members"]]) for g in table.iter_rows(named=True)]
         self.faces = self._faces(data / "split" / "faces.parquet")
-        self.content = sha256_json([self.sha256s, self.groups, *([self.faces] if self.faces else [])])
+        self.content = sha256_json([self.sha256s, self.groups])
 
     def _faces(self, path: Path) -> dict[int, Corners]:
         """Image → box of its face, of those that have one."""

@@ -31,16 +31,23 @@ def _processes(workers: int) -> Executor:
     return ProcessPoolExecutor(workers, multiprocessing.get_context("forkserver"))
 
 
-def _one_by_one(do: Do, jobs: Sequence[Any]) -> Iterator[None]:
+def _alone(do: Do, job: Any) -> None:
     with threadpool_limits(1):
-        for job in jobs:
-            do(job)
-            yield
+        do(job)
+
+
+def _one_by_one(do: Do, jobs: Sequence[Any]) -> Iterator[None]:
+    for job in jobs:
+        _alone(do, job)
+        yield
 
 
 def _at_once(do: Do, jobs: Sequence[Any], pool: Executor) -> Iterator[None]:
-    with threadpool_limits(1), pool:
-        yield from (job.result() for job in as_completed([pool.submit(do, job) for job in jobs]))
+    with threadpool_limits(1):  # here too: threads set it for each other
+        try:
+            yield from (job.result() for job in as_completed([pool.submit(_alone, do, job) for job in jobs]))
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _ray(do: Do, jobs: Sequence[Any], workers: int) -> Iterator[None]:
@@ -55,8 +62,7 @@ def _ray(do: Do, jobs: Sequence[Any], workers: int) -> Iterator[None]:
         data = ray.data.from_items([{"job": number} for number in range(len(jobs))], override_num_blocks=max(1, len(jobs)))
 
         def done(row: dict[str, int]) -> dict[str, int]:
-            with threadpool_limits(1):
-                do(jobs[row["job"]])
+            _alone(do, jobs[row["job"]])
             return row
 
         for _ in data.map(done).iter_rows():

@@ -25,7 +25,7 @@ from easyref.data.embed import largest_faces, read_space
 from easyref.data.engine import Engine, run
 from easyref.data.learned import joined, learn_groups, pair_scores, spread
 from easyref.data.neighbours import Vectors, kmeans, nearest
-from easyref.records import FACE_COLUMNS, GROUP_COLUMNS, IMAGE_COLUMNS, read_table, write_json, write_table
+from easyref.records import FACE_COLUMNS, GROUP_COLUMNS, IMAGE_COLUMNS, atomic_folder, read_table, write_json, write_table
 
 KEYS = {"subject": ("concept", "gender"), "person": ("style", "gender", "tone"), "style": ("style", "category"), "given": ("concept",)}
 
@@ -43,11 +43,10 @@ def group_stage(params: Params, data: Path, metrics: Path, work: Path, engine: E
     if not len(table):
         raise ValueError(f"{data}: no groups of {p.by}; lower group.min_members or the thresholds, or set group.by to the other")
     faces = face_boxes(data)
-    if len(faces):
-        write_table(data / "groups" / "faces.parquet", faces)
-    else:
-        (data / "groups" / "faces.parquet").unlink(missing_ok=True)
-    write_table(data / "groups" / "groups.parquet", table)
+    with atomic_folder(data / "groups") as folder:
+        write_table(folder / "groups.parquet", table)
+        if len(faces):
+            write_table(folder / "faces.parquet", faces)
     write_json(metrics, scores)
     shutil.rmtree(work, ignore_errors=True)
     return table
@@ -97,8 +96,10 @@ def read_spaces(embeddings: Path, kinds: list[str], work: Path) -> dict[str, Spa
             if space != "face":
                 vectors = spread(vectors, work / f"{kind}.npy")
             if kind == "style":
-                read_space(embeddings, "palette", "image", rows)
-                colours = spread(Vectors(rows), work / "palette.npy", damping=0)
+                coloured, _ = read_space(embeddings, "palette", "image", work / "palette-rows.npy")
+                if coloured["sha256"].to_list() != table["sha256"].to_list():
+                    raise ValueError(f"{embeddings}: palettes are missing or of other images; run `easyref embed` again")
+                colours = spread(Vectors(work / "palette-rows.npy"), work / "palette.npy", damping=0)
                 vectors = joined(colours, vectors, TEXTURE, work / "joined.npy")
             spaces[kind] = table["sha256"].to_list(), vectors
         elif space == "face":

@@ -1,7 +1,7 @@
 """Checkpoint folder of EasyRef: `easyref.safetensors` (all trained tensors) + `config.json`.
 
 Tensor names: `encoder.` + names of ReferenceEncoder, `adapter.` + names of Adapter. `encoder.mllm.*` is there only if the MLLM
-was trained (stages 2-3); otherwise the base model of `config.json` supplies it. Writes are atomic: temp, fsync, rename.
+was trained (warm start, stages 2-3); otherwise the base model of `config.json` supplies it. Writes are atomic: temp, fsync, rename.
 The config also stands in the safetensors header, so that an interrupted overwrite is found out instead of half believed.
 """
 

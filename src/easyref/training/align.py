@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
@@ -40,6 +41,9 @@ PARTS = ("reference_tokens", "final_layer", "projector", "vision", "mllm")
 STATES = 0.2  # weight of the text states beside the latents: captions are learned by heart, how to look is not
 
 
+Wanted = tuple[torch.Tensor, torch.Tensor]  # states [B, T, X], latents [B, T, E]
+
+
 class Readout(nn.Module):
     """tokens_BTX → latents [B, T, E]: one map for all tokens, and a mean for each."""
 
@@ -53,12 +57,10 @@ class Readout(nn.Module):
         return self.map(tokens_BTX) + self.mean
 
 
-def shares(latents_BChw: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """The latents in T parts [B, T, E], row by row. ValueError if they cannot be dealt out."""
-    if (values := latents_BChw[0].numel()) % num_tokens:
-        fix = f"no multiple of reference.num_tokens {num_tokens}; change that, or set align: null"
-        raise ValueError(f"align: an image has {values} latent values, {fix}")
-    return latents_BChw.permute(0, 2, 3, 1).flatten(1).unflatten(1, (num_tokens, -1))
+def dealt(latents_BChw: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """The latents in T parts [B, T, E], row by row; zeros fill up the last ones."""
+    values_BN = latents_BChw.permute(0, 2, 3, 1).flatten(1)
+    return F.pad(values_BN, (0, -values_BN.shape[1] % num_tokens)).unflatten(1, (num_tokens, -1))
 
 
 def seen_labels(source: Inputs, sample: Sample) -> dict[str, str]:
@@ -74,20 +76,21 @@ def seen_labels(source: Inputs, sample: Sample) -> dict[str, str]:
 def align(
     params: Params, inputs: Inputs, held_out: Inputs, state: Path, engine: Engine | None = None, allow: Collection[str] = ()
 ) -> None:
-    """Train `PARTS` of the encoder in place. `state` stays: with it the next call is done at once.
+    """Train `PARTS` of the encoder in place. `state` stays: with it the next call trains nothing.
 
     The log beside it holds which share of the variance of held-out captions the tokens explain, `held_out_explained`, and of the
     latents of their images, `held_out_latents`.
     """
     p, models, num_tokens = params.align, inputs.models, params.reference.num_tokens
     assert p is not None
-    inputs = replace(inputs, frozen_prefix=False, framing=Framing())  # squares: every image has as many latents
+    # Squares, of which every one has as many latents.
+    inputs, held_out = (replace(some, frozen_prefix=False, framing=Framing()) for some in (inputs, held_out))
     sampler = lru_cache(4 * p.batch)(Sampler(inputs.images, p, params.seed, "align"))
 
-    def wanted(source: Inputs, samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
+    def wanted(source: Inputs, samples: Sequence[Sample]) -> Wanted:
         """What the tokens should become [B, T, X], and what they should hold [B, T, E]."""
         captions = ["" if s.references == (NULL,) else caption(seen_labels(source, s), hide=()) for s in samples]
-        return source.text_states(captions)[0][:, :num_tokens].float(), shares(source.latents(samples).float(), num_tokens)
+        return source.text_states(captions)[0][:, :num_tokens].float(), dealt(source.latents(samples).float(), num_tokens)
 
     every = range(0, len(inputs.images.labels), max(1, len(inputs.images.labels) // 512))
     states_NTX, latents_NTE = wanted(inputs, [Sample(i, (i,), "") for i in every])
@@ -98,30 +101,29 @@ def align(
         norm.bias.copy_(states_NTX.mean((0, 1)))
         norm.weight.copy_(states_NTX.std((0, 1)))
 
-    def errors(source: Inputs, samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
+    def errors(source: Inputs, samples: Sequence[Sample], wanted: Wanted) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean squared errors of states and of latents, [B] each."""
-        states_BTX, latents_BTE = wanted(source, samples)
         with models.autocast():
             tokens_BTX = source.reference_tokens(samples)
             found_BTE = readout(tokens_BTX)
-        pairs = ((tokens_BTX, states_BTX), (found_BTE, latents_BTE))
-        states_B, latents_B = ((found.float() - want).square().mean((1, 2)) for found, want in pairs)
+        states_B, latents_B = (
+            (found.float() - want).square().mean((1, 2)) for found, want in zip((tokens_BTX, found_BTE), wanted, strict=True)
+        )
         return states_B, latents_B
 
     def loss(numbers: Sequence[int]) -> torch.Tensor:
         samples = [sampler(n) for n in numbers]
-        states_B, latents_B = errors(inputs, samples)
+        states_B, latents_B = errors(inputs, samples, wanted(inputs, samples))
         shown_B = torch.tensor([s.references != (NULL,) for s in samples], device=latents_B.device)
         return (STATES * states_B / _variance(states_NTX) + latents_B * shown_B / _variance(latents_NTE)).mean()
 
     def explained() -> dict[str, float]:
         alone = [Sample(i, (i,), "") for i in range(min(128, len(held_out.images.labels)))]
+        want = wanted(held_out, alone)
         with torch.no_grad():
-            found = errors(held_out, alone)
-            shares = [
-                1 - (error_B.mean() / _variance(want)).item() for error_B, want in zip(found, wanted(held_out, alone), strict=True)
-            ]
-        return dict(zip(("held_out_explained", "held_out_latents"), shares, strict=True))
+            parts = zip(errors(held_out, alone, want), want, strict=True)
+            states, latents = (1 - (error_B.mean() / _variance(values_NTE)).item() for error_B, values_NTE in parts)
+        return {"held_out_explained": states, "held_out_latents": latents}
 
     trained, _ = models.trainable(PARTS)
     trained |= {f"readout.{name}": parameter for name, parameter in readout.named_parameters()}

@@ -260,19 +260,22 @@ class Inputs:
         return tensor.to(self.models.device, non_blocking=True)
 
 
-def open_store(loading: Loading, models: Models, how: list[Any], frozen: str | None, base: Path) -> Store:
-    """The store of a stage; on disk, encodings of the `base` models (a folder), and of the MLLM if it does not train: `frozen` is then
-    the hash of its weights. `how` the models compute."""
+def open_store(loading: Loading, models: Models, how: list[Any], base: Path) -> Store:
+    """The store of a stage; on disk, encodings of the `base` models (a folder). `how` the models compute."""
     disk = None
     if loading.disk_gib:
         code = [str(module.__file__) for module in (images, frames, dataset, loss, reference)]
         files = [sha256_file(path) for path in sorted(base.rglob("*")) if path.suffix in (".json", ".txt", ".model")]  # not weights
-        fixed = [models.base_hash, files, how, torch.__version__, made_here(models.device, *code)]
-        abouts = dict.fromkeys(("latents", "text"), sha256_json(fixed))
-        if frozen:
-            abouts |= dict.fromkeys(("vision", "prefix"), sha256_json([fixed, frozen, models.encoder.config.model_dump()]))
-        disk = Disk(Path(loading.folder) / "encodings.sqlite", int(loading.disk_gib * 2**30), abouts)
+        about = sha256_json([models.base_hash, files, how, torch.__version__, made_here(models.device, *code)])
+        disk = Disk(Path(loading.folder) / "encodings.sqlite", int(loading.disk_gib * 2**30), dict.fromkeys(("latents", "text"), about))
     return Store(int(loading.memory_gib * 2**30), disk, models.device)
+
+
+def keep_frozen(store: Store, models: Models, mllm: str) -> None:
+    """On disk, encodings of the MLLM too: from now on it does not train, and `mllm` is the hash of its weights."""
+    if store.disk:
+        about = sha256_json([store.disk.abouts["latents"], mllm, models.encoder.config.model_dump()])
+        store.disk.abouts |= dict.fromkeys(("vision", "prefix"), about)
 
 
 def _batch(prefixes: Sequence[PrefixStates]) -> PrefixStates:

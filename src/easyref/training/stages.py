@@ -29,7 +29,7 @@ from easyref.training.align import align
 from easyref.training.curves import write_curves
 from easyref.training.ema import Averages
 from easyref.training.engine import Engine
-from easyref.training.inputs import NULL, Inputs, Sample, Sampler, microbatches, open_store
+from easyref.training.inputs import NULL, Inputs, Sample, Sampler, keep_frozen, microbatches, open_store
 from easyref.training.loss import diffusion_loss, noised
 from easyref.training.models import Models, load_models
 from easyref.training.samples import Pictures
@@ -58,6 +58,11 @@ def parts(name: str, p: Stage) -> tuple[str, ...]:
 
 def frozen_prefix(trains: Collection[str]) -> bool:
     return not {"vision", "mllm"} & set(trains)
+
+
+def trains_mllm(params: Params, name: str, starts_from_another: bool) -> bool:
+    """Whether the MLLM changes: in the stage, or in the warm start before it."""
+    return not frozen_prefix(parts(name, getattr(params, name))) or (params.align is not None and not starts_from_another)
 
 
 @dataclass(frozen=True)
@@ -113,23 +118,24 @@ def run_stage(
     images = TrainingImages(data)
     start = sha256_file(models_folder / starts_from / weights.WEIGHTS) if starts_from else models.base_hash
     frozen = frozen_prefix(trains)
-    mllm = models.base_hash  # whose states may be kept
-    if checkpoint.has_mllm:
-        mllm = start if starts_from else sha256_json([start, params.seed, images.content, params.align and params.align.model_dump()])
-    kept = mllm if frozen else None
-    store = open_store(params.loading, models, [p.precision, p.compile], kept, models_folder / "base")
+    store = open_store(params.loading, models, [p.precision, p.compile], models_folder / "base")
     inputs = Inputs(models, images, frozen, store, _framing(p, images, models), p.cache_prefix)
     validate = Validation(params, inputs, data)
     samples = stream(params, name, models, inputs)  # what it lacks is told before the work
     warm = work / "align.safetensors" if params.align and not starts_from else None
     if warm:
         align(params, inputs, validate.inputs, warm, engine, allow)
+        engine.wait()
+    if frozen:
+        keep_frozen(store, models, sha256_file(warm) if warm else start if checkpoint.has_mllm else models.base_hash)
     trained, factors = models.trainable(trains, p.new_part_rate, p.rates)
     engine.say(f"{name}: trains {sum(t.numel() for t in trained.values()):,} parameters of {', '.join(trains)}")
     depends: dict[str, Any] = {
         "stage": name, "seed": params.seed, "images": images.content, "start": start,
         "reference": params.reference.model_dump(exclude_defaults=True),
     }  # fmt: skip
+    if p.face_share:
+        depends["faces"] = sha256_json(images.faces)
     if not starts_from:
         depends["align"] = params.align.model_dump() if params.align else None
     watchers = (
@@ -154,7 +160,7 @@ def run_stage(
 def start_models(params: Params, name: str, models_folder: Path, before: Path | None) -> tuple[Models, CheckpointConfig]:
     """The models as the stage starts with them, from the checkpoint `before`, and the config of the one that it will write."""
     p = getattr(params, name)
-    with_mllm = not frozen_prefix(parts(name, p)) or (params.align is not None and not before)
+    with_mllm = trains_mllm(params, name, before is not None)
     models = load_models(params, models_folder, p.lora_rank or None, p.precision, not with_mllm)
     schedule = Schedule(prediction=p.prediction, zero_terminal_snr=p.zero_terminal_snr)
     if before:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ class Store:
 class Disk:
     """`abouts`: kind of encoding → hash of all that makes it besides its key; other kinds are not kept."""
 
-    def __init__(self, path: Path, limit: int, abouts: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, limit: int, abouts: dict[str, str]) -> None:
         self.path, self.abouts, self.full = path, abouts, False
         self.lock = threading.Lock()  # of the one connection
         self.rows: sqlite3.Connection | None = None
