@@ -20,12 +20,12 @@ from tests.projects import small_data
 
 torch.set_num_threads(1)
 ALIGN = {
-    "images": 640,
-    "batch": 16,
-    "microbatch": 16,
-    "save_images": 320,
+    "images": 560,
+    "batch": 8,
+    "microbatch": 8,
+    "save_images": 280,
     "warmup_images": 0,
-    "cooldown_images": 320,
+    "cooldown_images": 280,
     "ema_images": 0,
     "group_share": 0.0,
     "swap_colours": 0.0,
@@ -75,18 +75,18 @@ def test_tokens_become_the_text_states_of_their_own_images_caption(params: Param
     small_data(tmp_path / "data", params, every=80)
     models = load_models(params, Path("models"), None, "fp32")
     images = TrainingImages(tmp_path / "data")
-    images.weights[8:] = 0
+    images.weights[4:] = 0
     inputs, others_too = Inputs(models, images, True), Inputs(models, images, False)
     before = {name: tensor.detach().clone() for name, tensor in models.named_parameters().items()}
     align(params, inputs, others_too, tmp_path / "align.safetensors")
     changed = {name for name, tensor in models.named_parameters().items() if not torch.equal(tensor, before[name])}
     assert changed == set(models.trainable(PARTS)[0])
 
-    apart_NN = errors(models, inputs, [*range(8), NULL])
-    others = [apart_NN[i, [j for j in range(9) if j != i]].min() for i in range(9)]
-    assert sum(bool(apart_NN[i, i] < others[i]) for i in range(9)) >= 7, apart_NN
-    assert apart_NN.diagonal().mean() < 0.9 * sum(others) / 9, apart_NN
-    assert explained(models, images, range(8), tmp_path / "align.safetensors") > 0.5
+    apart_NN = errors(models, inputs, [*range(4), NULL])
+    others = [apart_NN[i, [j for j in range(5) if j != i]].min() for i in range(5)]
+    assert all(apart_NN[i, i] < others[i] for i in range(5)), apart_NN
+    assert apart_NN.diagonal().mean() < 0.8 * sum(others) / 5, apart_NN
+    assert explained(models, images, range(4), tmp_path / "align.safetensors") > 0.5
     rows = [json.loads(row) for row in (tmp_path / "align.jsonl").read_text().splitlines()]
     held_out = [row for row in rows if "held_out_latents" in row]
     assert len(held_out) == 3 and held_out[0]["held_out_explained"] < held_out[-1]["held_out_explained"] < 1

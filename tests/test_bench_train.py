@@ -47,4 +47,4 @@ def test_bench_train_measures_all_stages(tmp_path: Path) -> None:
 
 def test_a_pass_is_whole_batches(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["bench", "train", "--images", "40", "--out", str(tmp_path / "train.json")])
-    assert "--images 40: no multiple of pretrain.batch 16" in str(done.exception)
+    assert "--images 40: no multiple of pretrain.batch 32" in str(done.exception)

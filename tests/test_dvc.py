@@ -124,7 +124,7 @@ def test_dvc_draws_the_curves_of_every_training(project: Path, tmp_path: Path) -
     shutil.rmtree(copy / "metrics")
     losses, held_out = (
         {"loss": 0.5, "learning_rate": 0.1},
-        {"held_out_right": 1.5, "held_out_shuffled": 2.5, "held_out_none": 3.5, "held_out_explained": 4.5},
+        {"held_out_right": 1.5, "held_out_shuffled": 2.5, "held_out_none": 3.5, "held_out_explained": 4.5, "held_out_latents": 5.5},
     )
     log = tmp_path / "log.jsonl"
     log.write_text("".join(f"{json.dumps({'seen': seen, **row})}\n" for seen in (8, 16) for row in (losses, held_out)))

@@ -75,7 +75,7 @@ def test_a_run_has_every_row_of_its_logs_and_a_dead_server_hurts_nothing(project
     assert "align.loss" not in found.data.metrics
     assert [file.path for file in client.list_artifacts(run.run_id)] == ["000000000000.png", "000000001600.png"]
     assert found.data.metrics[MEMORY] > 0
-    assert found.data.params["pretrain.batch"] == "16" and found.info.status == "FINISHED"
+    assert found.data.params["pretrain.batch"] == "32" and found.info.status == "FINISHED"
     assert found.data.tags["preset"] == "nano" and found.data.tags["flow_run"] == "flow 7"
     lock = yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]
     assert found.data.tags["input.models/base"] == next(o["md5"] for o in lock["base"]["outs"] if o["path"] == "models/base")

@@ -62,6 +62,7 @@ def slow(p: Embed) -> Extractors:
     return Extractors(images, extractors.texts)
 
 
+@pytest.mark.long
 def test_kill_9_and_again_gives_the_same_tables_and_keeps_finished_shards(images: Path, tmp_path: Path) -> None:
     embed(P, images, tmp_path / "whole", tmp_path / "work 0")
     work = tmp_path / "work"

@@ -98,7 +98,7 @@ def made(folder: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize(("stage", "writes"), [("group", 1), ("split", 4), ("report", 0)])
+@pytest.mark.parametrize(("stage", "writes"), [pytest.param("group", 1, marks=pytest.mark.long), ("split", 4), ("report", 0)])
 def test_kill_9_and_again_gives_the_same_files(project: Path, tmp_path: Path, stage: str, writes: int, monkeypatch) -> None:
     whole = made(project)
     outs = {"group": ["data/groups", "metrics"], "split": ["data/split"], "report": ["reports"]}[stage]
