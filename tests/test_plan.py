@@ -93,6 +93,12 @@ def test_a_real_microbatch_costs_what_is_planned(name: str, options: dict, nano:
     assert row.activations == pytest.approx(real.peak, rel=0.04 if options else 0.02)  # with little kept, small things count
 
 
+def test_the_warm_start_trains_the_encoder_and_the_map_to_latents(nano: Params, planned) -> None:
+    encoder = load_models(nano, MODELS, None, "fp32").encoder
+    warm, _ = planned[1]["pretrain"]
+    assert warm.trained == sum(t.numel() for t in encoder.parameters()) + 256 * 32 + 16 * 32  # 8 × 8 × 8 latents in 16 shares of 32
+
+
 def test_base_models_have_the_sizes_of_the_shipped_ones(nano: Params, planned) -> None:
     """Counted in the files; built from the parameters, and from the folder's configs for a hub id that is not known."""
     files = {f: BASE / "diffusion" / f for f in ("vae", "unet", "text_encoder", "text_encoder_2")} | {"mllm": BASE / "mllm"}

@@ -33,7 +33,7 @@ from easyref.model.attention import kv_layout, packed_width
 from easyref.model.reference import PrefixStates
 from easyref.progress import use_threads
 from easyref.training import base
-from easyref.training.align import PARTS
+from easyref.training.align import PARTS, Readout, dealt
 from easyref.training.ema import WIDTHS
 from easyref.training.loss import diffusion_loss, encode_batch, encode_text, to_latents
 from easyref.training.models import CHECKPOINT, DTYPES, Models, fresh_easyref
@@ -201,12 +201,16 @@ def align_row(params: Params, p: Align, make: Callable[..., Models]) -> Row:
     stage = params.pretrain
     models = make(stage.lora_rank or None, stage.precision, False, tuple(stage.recompute))
     trained, _ = models.trainable(PARTS)
+    with META:
+        (held_TE,) = dealt(_latents(params, models.vae, 1), params.reference.num_tokens)
+        readout = Readout(held_TE, models.unet.config.cross_attention_dim)
 
     def loss() -> Tensor:
-        return models.encoder(_prefix(params, models, p.microbatch, p.max_references)).square().mean()
+        tokens_BTX = models.encoder(_prefix(params, models, p.microbatch, p.max_references))
+        return tokens_BTX.square().mean() + readout(tokens_BTX).square().mean()
 
-    modules, precision = _modules(models), stage.precision
-    return _row(params, "pretrain: align", p, modules, trained.values(), loss, p.max_references, precision, models.vae, 1)
+    modules, parameters = [*_modules(models), readout], [*trained.values(), *readout.parameters()]
+    return _row(params, "pretrain: align", p, modules, parameters, loss, p.max_references, stage.precision, models.vae, 1)
 
 
 def evaluate_row(params: Params, models: Models) -> Row:

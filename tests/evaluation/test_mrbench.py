@@ -259,6 +259,20 @@ def test_loras_side_by_side_learn_what_peft_learns_for_each_alone(pictures: list
     assert whole.item() == pytest.approx(sum(x.item() for x in alone) / 2, rel=1e-5)
 
 
+def test_the_gradients_of_a_sample_do_not_shrink_with_the_number_of_samples(
+    pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AdamW would not show it, but clipping goes by their norm."""
+    pipe, seen = EasyRef.base_pipeline("models/pretrain"), list[torch.Tensor]()
+    pipe.unet.requires_grad_(False)
+    monkeypatch.setattr("easyref.training.group_lora.clip", lambda weights, most: seen.append(weights[1].grad.clone()))
+    for samples in (1, 3):
+        with tuned(pipe, [pictures[:2]] * samples, [["cat"] * 2] * samples, LORA.model_copy(update={"steps": 1}), 0):
+            pass
+    alone, together = seen
+    assert all((own - alone[0]).norm() < 1e-2 * alone.norm() for own in together)
+
+
 def test_samples_tuned_side_by_side_do_not_see_each_other(pictures: list[Image.Image]) -> None:
     """Adam makes of rounding a step where a gradient is near zero, so pictures are alike, not equal."""
     pipe = EasyRef.base_pipeline("models/pretrain")

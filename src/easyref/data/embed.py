@@ -66,7 +66,6 @@ class Box:
 @dataclass(frozen=True)
 class Face:
     box: Box
-    landmarks_52: Array  # eyes, nose, corners of the mouth: x, y in pixels of the image
     vector_E: Array  # whose face it is, of unit length
 
 

@@ -53,7 +53,7 @@ class Faces:
             return []
         vectors_FE = self.embedder([upright(image, landmarks) for _, landmarks in found])
         vectors_FE = vectors_FE / np.maximum(np.linalg.norm(vectors_FE, axis=1, keepdims=True), 1e-12)
-        return [Face(*face, vector) for face, vector in zip(found, vectors_FE, strict=True)]
+        return [Face(box, vector) for (box, _), vector in zip(found, vectors_FE, strict=True)]
 
 
 class SCRFD:
@@ -69,7 +69,8 @@ class SCRFD:
         self(Image.new("RGB", (8, 8)))  # a file of another form is told before the work
 
     def __call__(self, image: Image.Image) -> tuple[Array, Array, Array]:
-        found = [part for size_HW in self.sizes_HW for part in self._at_size(image.convert("RGB"), *size_HW)]
+        image = image.convert("RGB")
+        found = [part for size_HW in self.sizes_HW for part in self._at_size(image, *size_HW)]
         scores_F, corners_F4, landmarks_F52 = (np.concatenate(parts) for parts in zip(*found, strict=True))
         order = np.argsort(-scores_F, kind="stable")
         kept = order[best_of_overlapping(corners_F4[order], OVERLAP)]

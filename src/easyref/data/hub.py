@@ -35,12 +35,13 @@ def _load(auto: str, model: Model) -> Any:
     import torch
     import transformers
 
-    options = {} if auto in ("AutoImageProcessor", "AutoTokenizer") else {"use_safetensors": True, "torch_dtype": torch.float32}
+    is_model = auto not in ("AutoImageProcessor", "AutoTokenizer")
+    options = {"use_safetensors": True, "torch_dtype": torch.float32} if is_model else {}
     try:
         loaded = getattr(transformers, auto).from_pretrained(model.id, revision=model.revision or "main", **options)
     except OSError as error:
         raise ValueError(f"{model.id}: {auto} cannot load it ({str(error).splitlines()[0]}); check id, revision and network") from error
-    return loaded.eval().requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu") if options else loaded
+    return loaded.eval().requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu") if is_model else loaded
 
 
 class HubImages:

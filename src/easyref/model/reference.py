@@ -238,8 +238,8 @@ class ReferenceEncoder(nn.Module):
 
     Takes ownership of `mllm`: its last decoder layer moves out, its lm_head is dropped. Do not use the model elsewhere.
 
-    Two norms when `prefix_final_norm`: the prefix keeps the LLM's final norm as ITS parameter (part "mllm": frozen in stage 1,
-    trained with the MLLM in stages 2-3) and the aggregator gets a copy (part "final_layer"). They start equal and part in
+    Two norms when `prefix_final_norm`: the prefix keeps the LLM's final norm as ITS parameter (part "mllm": frozen in stage 1 after a
+    warm start, trained with the MLLM in stages 2-3) and the aggregator gets a copy (part "final_layer"). They start equal and part in
     training, as in the released code; so training the aggregator never changes (cached) prefix states. Otherwise the one norm
     moves to the aggregator and the prefix has none.
 

@@ -39,8 +39,6 @@ WHITE = 250  # of 255, in every channel: the background
 
 PARTS = ("reference_tokens", "final_layer", "projector", "vision", "mllm")
 STATES = 0.2  # weight of the text states beside the latents: captions are learned by heart, how to look is not
-
-
 Wanted = tuple[torch.Tensor, torch.Tensor]  # states [B, T, X], latents [B, T, E]
 
 
@@ -101,13 +99,13 @@ def align(
         norm.bias.copy_(states_NTX.mean((0, 1)))
         norm.weight.copy_(states_NTX.std((0, 1)))
 
-    def errors(source: Inputs, samples: Sequence[Sample], wanted: Wanted) -> tuple[torch.Tensor, torch.Tensor]:
+    def errors(source: Inputs, samples: Sequence[Sample], targets: Wanted) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean squared errors of states and of latents, [B] each."""
         with models.autocast():
             tokens_BTX = source.reference_tokens(samples)
             found_BTE = readout(tokens_BTX)
         states_B, latents_B = (
-            (found.float() - want).square().mean((1, 2)) for found, want in zip((tokens_BTX, found_BTE), wanted, strict=True)
+            (found.float() - want).square().mean((1, 2)) for found, want in zip((tokens_BTX, found_BTE), targets, strict=True)
         )
         return states_B, latents_B
 
@@ -119,9 +117,9 @@ def align(
 
     def explained() -> dict[str, float]:
         alone = [Sample(i, (i,), "") for i in range(min(128, len(held_out.images.labels)))]
-        want = wanted(held_out, alone)
+        targets = wanted(held_out, alone)
         with torch.no_grad():
-            parts = zip(errors(held_out, alone, want), want, strict=True)
+            parts = zip(errors(held_out, alone, targets), targets, strict=True)
             states, latents = (1 - (error_B.mean() / _variance(values_NTE)).item() for error_B, values_NTE in parts)
         return {"held_out_explained": states, "held_out_latents": latents}
 

@@ -7,7 +7,7 @@ Letters: B batch · L text tokens · T reference tokens · X cross-attention wid
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,8 @@ class Stream:
         latents_1Chw = self.inputs.latents([s])
         _, t_1, _ = noised(self.models.scheduler, latents_1Chw, self.seed, [f"{self.name}/{number}"])
         fact = {"target": named[s.target], "references": [named[r] for r in s.references], "prompt": s.prompt, "timestep": t_1.item()}
+        if s.face:
+            fact["face"] = asdict(s.face)
         return fact, {f"latents/{number}": latents_1Chw[0]}
 
     def task(self, parameters: dict[str, nn.Parameter], depends: dict[str, Any], workers: int, **more: Any) -> Task:
