@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from safetensors.torch import load_file
 
@@ -61,7 +62,8 @@ def explained(models: Models, images: TrainingImages, items: Sequence[int], stat
     """Share of the variance of the images' latents that the map in the state makes of the tokens of each as its own reference."""
     pixels = [np.asarray(images.store.image(images.sha256s[i]), np.float32) / 127.5 - 1 for i in items]
     latents = models.vae.encode(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)).latent_dist.mean
-    wanted = (latents * models.vae.config.scaling_factor).permute(0, 2, 3, 1).reshape(len(items), 16, 32)
+    patches = F.pixel_unshuffle(latents * models.vae.config.scaling_factor, 2)  # [N, C * 4, 4, 4]
+    wanted = patches.unflatten(1, (-1, 4)).permute(0, 3, 4, 2, 1).reshape(len(items), 16, 32)
     kept = load_file(state)
     weight, mean = (next(t for name, t in kept.items() if name.endswith(f"readout.{part}")) for part in ("map.weight", "mean"))
     tokens = models.encoder(models.processor([[images.store.image(images.sha256s[i])] for i in items], [""] * len(items)))
@@ -99,14 +101,15 @@ def test_tokens_become_the_text_states_of_their_own_images_caption(params: Param
     assert all(torch.equal(tensor, aligned[name]) for name, tensor in again.named_parameters().items())
 
 
-def test_latents_are_dealt_out_row_by_row() -> None:
-    latents_BChw = torch.arange(2 * 3 * 4 * 4.0).view(2, 3, 4, 4)
+def test_latents_are_dealt_out_patch_by_patch() -> None:
+    latents_BChw = torch.arange(2 * 3 * 4 * 8.0).view(2, 3, 4, 8)
     parts_BTE = dealt(latents_BChw, 8)
-    assert parts_BTE.shape == (2, 8, 6)
-    assert parts_BTE[1, 5].tolist() == [*latents_BChw[1, :, 2, 2], *latents_BChw[1, :, 2, 3]], "half of row 2, all channels"
-    filled_BTE = dealt(latents_BChw, 5)
-    assert filled_BTE.shape == (2, 5, 10) and filled_BTE.flatten(1)[:, 48:].tolist() == [[0, 0]] * 2
-    assert torch.equal(filled_BTE.flatten(1)[:, :48], parts_BTE.flatten(1))
+    assert parts_BTE.shape == (2, 8, 12)
+    patch = [latents_BChw[1, :, y, x] for y in (2, 3) for x in (4, 5)]
+    assert parts_BTE[1, 6].tolist() == torch.cat(patch).tolist(), "second row, third column, all channels"
+    filled_BTE = dealt(latents_BChw, 3)  # in one row
+    assert filled_BTE.shape == (2, 3, 36) and filled_BTE[:, 2].view(2, 4, 3, 3)[:, :, 2].count_nonzero() == 0
+    assert filled_BTE[0, 1].view(4, 3, 3)[1, 2].tolist() == latents_BChw[0, :, 1, 5].tolist()
 
 
 def test_more_reference_tokens_than_text_tokens_is_one_line() -> None:

@@ -9,6 +9,7 @@ import torch
 import yaml
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
 from easyref.config import Params, parse_params
@@ -42,6 +43,7 @@ def small(**text_to_image: float) -> Params:
         "vocabulary": 300,
         **text_to_image,
     }
+    b["decoder"] |= SHORT
     b["captioning"] |= SHORT | {"width": 64, "intermediate": 64, "layers": 2, "heads": 2, "kv_heads": 1, "vision_width": 32}
     b["captioning"] |= {"vision_layers": 1, "vision_heads": 2, "vocabulary": 400}
     return parse_params(values)
@@ -65,9 +67,15 @@ def test_base_writes_models_that_load_and_goes_on_with_what_is_done(tmp_path: Pa
     with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
         stopped.setattr(base, "draw_text_grid", interrupt)
         base.base(small(), *folders)
-    assert trained == ["base: captioning", "base: vae", "base: text to image"]
+    assert trained == ["base: captioning", "base: vae", "base: text to image", "base: decoder"]
+    before, after = (tmp_path / "work" / next((tmp_path / "work").glob(f"{part}-*/")).name for part in ("diffusion", "decoder"))
+    weights = "diffusion_pytorch_model.safetensors"
+    assert (before / "unet" / weights).read_bytes() == (after / "unet" / weights).read_bytes()
+    vae, taught = (load_file(folder / "vae" / weights) for folder in (before, after))
+    changed = {name.split(".")[0] for name in vae if not torch.equal(vae[name], taught[name])}
+    assert changed == {"decoder", "post_quant_conv"}, "latents stay what they are"
     base.base(small(drop_text=0.5), *folders)
-    assert trained[3:] == ["base: text to image"]
+    assert trained[4:] == ["base: text to image", "base: decoder"]
     assert not (tmp_path / "work").exists()
 
     pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path / "out" / "diffusion", torch_dtype=torch.float32)
@@ -78,7 +86,7 @@ def test_base_writes_models_that_load_and_goes_on_with_what_is_done(tmp_path: Pa
     assert mllm.config.image_token_id == tokenizer.convert_tokens_to_ids("<|image_pad|>")
     assert "_name_or_path" not in "".join(path.read_text() for path in (tmp_path / "out").rglob("config.json"))
     assert Image.open(tmp_path / "metrics" / "text.png").width > 1000
-    for name in ("vae", "diffusion", "mllm"):
+    for name in ("vae", "diffusion", "decoder", "mllm"):
         assert json.loads((tmp_path / "metrics" / f"{name}.json").read_text())[-1]["seen"] == 8
 
 

@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 
 from easyref.config import Params, parse_params
-from easyref.data.captions import caption
+from easyref.data.captions import caption, invented
 from easyref.data.dataset import SWAPS, TrainingImages
 from easyref.data.frames import Framing
 from easyref.data.shards import write_shard
@@ -154,6 +154,30 @@ def test_a_target_that_keeps_its_aspect_is_the_resized_image(params: Params, hea
     torch.testing.assert_close(inputs.image_patches(own).pixel_values, patches)  # its own reference is cut like the target
     patches = models.processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(inputs.image_patches(other).pixel_values, patches)
+
+
+def test_invented_words_stand_for_the_subject_alone_and_change_no_other_draw(params: Params, images: TrainingImages) -> None:
+    p = params.finetune_multi.model_copy(update={"hide_labels": 0.5})
+    known = {word for label in images.labels for word in label["subject"].split()}
+    plain, strange = (Sampler(images, p.model_copy(update={"invent_words": share}), 0, "test") for share in (0.0, 0.4))
+    pairs = [(plain(n), strange(n)) for n in NUMBERS]
+    assert all(replace(b, prompt=a.prompt) == a for a, b in pairs)
+    named = [(a, b) for a, b in pairs if images.labels[a.target]["subject"] in a.prompt]
+    changed = [(a, b) for a, b in named if a.prompt != b.prompt]
+    assert len(changed) / len(named) == pytest.approx(0.4, abs=0.05)
+    assert all(a.prompt == b.prompt for a, b in pairs if (a, b) not in named)
+    for a, b in changed:
+        subject = images.labels[a.target]["subject"]
+        before, after = a.prompt.split(subject, 1)
+        made = b.prompt.removeprefix(before).removesuffix(after)
+        assert len(made.split()) == len(subject.split()) and not set(made.split()) <= set(subject.split())
+    words = [word for _, b in changed for word in b.prompt.split(",")[0].split()]
+    assert sum(word in known for word in words) / len(words) < 0.1
+
+
+def test_invented_words_are_halves_of_known_ones() -> None:
+    assert invented("woman farmer", "ice") == "wom" + "ce " + "far" + "ce"
+    assert invented("ice", "woman farmer") == "icman"
 
 
 def test_crops_are_drawn_from_a_few_places_and_change_no_other_draw(params: Params, images: TrainingImages) -> None:

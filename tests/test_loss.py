@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler
 
 from easyref.seeds import torch_rng
 from easyref.training.base import noise_schedule
-from easyref.training.loss import diffusion_loss, noised
+from easyref.training.loss import denoised, diffusion_loss, noised
 
 LATENTS_BChw = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(1))
 NUMBERS = list(range(6))
@@ -39,6 +39,17 @@ def test_loss_is_its_equation(prediction: str, min_snr: float | None) -> None:
         divisor = snr if prediction == "epsilon" else snr + 1
         terms.append(target.square().mean() * (1.0 if min_snr is None else min(snr, min_snr) / divisor))
     assert loss(schedule, min_snr) == pytest.approx(torch.stack(terms).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_a_prediction_amounts_to_the_latents_that_diffusers_finds(prediction: str) -> None:
+    schedule = DDIMScheduler(beta_schedule="scaled_linear", prediction_type=prediction, clip_sample=False)
+    schedule.set_timesteps(1000)
+    t_B = torch.tensor([0, 3, 100, 400, 700, 900])
+    predicted = torch.randn(LATENTS_BChw.shape, generator=torch.Generator().manual_seed(2))
+    found = denoised(schedule, LATENTS_BChw, t_B, predicted)
+    wanted = [schedule.step(e, int(t), x).pred_original_sample for e, t, x in zip(predicted, t_B, LATENTS_BChw, strict=True)]
+    torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-5, atol=1e-5)
 
 
 def test_without_signal_an_image_has_no_weight_under_min_snr_and_its_own_latents_as_target_under_v() -> None:

@@ -218,6 +218,12 @@ class TextToImage(Optimisation):
         return self
 
 
+class Decoder(Optimisation):
+    """The VAE's decoder, trained further on what the UNet makes of noised latents."""
+
+    max_timestep: PositiveInt  # the strongest noise
+
+
 class Captioning(Optimisation):
     vocabulary: PositiveInt
     width: PositiveInt
@@ -251,16 +257,17 @@ class Base(Section):
     mllm_revision: str | None
     vae: VAE | None
     text_to_image: TextToImage | None
+    decoder: Decoder | None
     captioning: Captioning | None
 
     @model_validator(mode="after")
     def _source(self) -> Base:
         hub = (self.diffusion_id, self.diffusion_revision, self.mllm_id, self.mllm_revision)
-        trained = (self.vae, self.text_to_image, self.captioning)
+        trained = (self.vae, self.text_to_image, self.decoder, self.captioning)
         given, empty, names = (
             (hub, trained, "diffusion_id, diffusion_revision, mllm_id, mllm_revision")
             if self.source == "hub"
-            else (trained, hub, "vae, text_to_image, captioning")
+            else (trained, hub, "vae, text_to_image, decoder, captioning")
         )
         if any(v is None for v in given) or any(v is not None for v in empty):
             raise ValueError(f"source {self.source} needs exactly {names}; set the others to null")
@@ -291,6 +298,7 @@ class Samples(Optimisation):
     drop_text: float = Share
     drop_both: float = Share
     hide_labels: float = Share  # share of prompts that leave out what the references show
+    invent_words: float = Field(default=0.0, ge=0, le=1)  # share of prompts whose subject is words that do not exist
     group_share: float = Share  # of samples whose references are the others of the target's group, not the target itself
     max_references: PositiveInt
     truncate: float = Share  # probability of keeping a random 2..R-1 of R > 2 references

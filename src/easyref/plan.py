@@ -137,18 +137,27 @@ def easyref_models(
 
 
 def base_rows(params: Params, folder: Path) -> list[Row]:
-    """The three trainings of training/base.py, in its order; none if the base models come from the hub."""
+    """The four trainings of training/base.py, in its order; none if the base models come from the hub."""
     b, size = params.base, params.ingest.size
     if b.source == "hub":
         return []
-    assert b.vae and b.text_to_image and b.captioning
-    p_vae, p_image, p_text = b.vae, b.text_to_image, b.captioning
+    assert b.vae and b.text_to_image and b.decoder and b.captioning
+    p_vae, p_image, p_decoder, p_text = b.vae, b.text_to_image, b.decoder, b.captioning
     m = base_models(params, folder)
     drawing = nn.ModuleList([m["unet"], m["text_encoder"], m["text_encoder_2"]])
+    decoder = nn.ModuleList([m["vae"].post_quant_conv, m["vae"].decoder])
 
     def vae_loss() -> Tensor:
         pixels_B3HW = torch.empty(p_vae.microbatch, 3, size, size, device=META)
         return base.vae_loss(m["vae"], pixels_B3HW, _latents(params, m["vae"], p_vae.microbatch), p_vae)
+
+    def decoder_loss() -> Tensor:
+        pixels_B3HW = torch.empty(p_decoder.microbatch, 3, size, size, device=META)
+        with torch.no_grad():
+            text_BLX, added = _text_states(_text_encoders(m), p_decoder.microbatch)
+            t_B = torch.zeros(p_decoder.microbatch, dtype=torch.int64, device=META)
+            guessed_BChw = m["unet"](to_latents(m["vae"], pixels_B3HW), t_B, text_BLX, added_cond_kwargs=added).sample
+        return base.pixel_loss(m["vae"].decode(guessed_BChw).sample - pixels_B3HW, p_vae.edge_weight)
 
     def row(name: str, p: Optimisation, trains: nn.Module, loss: Callable[[], Tensor], references: int, vae: Any | None) -> Row:
         modules = [trains, vae] if vae else [trains]
@@ -158,6 +167,7 @@ def base_rows(params: Params, folder: Path) -> list[Row]:
         row("captioning", p_text, m["mllm"], lambda: _caption_loss(params, m, p_text), p_text.max_images, None),
         row("vae", p_vae, m["vae"], vae_loss, 0, None),
         row("text to image", p_image, drawing, lambda: _image_loss(params, m, p_image), 0, m["vae"]),
+        _row(params, "base: decoder", p_decoder, [m["vae"], drawing], decoder.parameters(), decoder_loss, 0, "fp32", None, 1),
     ]
 
 

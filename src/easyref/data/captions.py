@@ -26,6 +26,12 @@ def caption(labels: Mapping[str, str], hide: Collection[str] = ("colors",)) -> s
     return ", ".join(w for w in words if w)
 
 
+def invented(subject: str, other: str) -> str:
+    """Words that do not exist: the first halves of those of `subject` with second halves of those of `other`."""
+    ends = [word[len(word) // 2 :] for word in other.split()]
+    return " ".join(word[: (len(word) + 1) // 2] + ends[i % len(ends)] for i, word in enumerate(subject.split()))
+
+
 def common_labels(members: list[Mapping[str, str]]) -> dict[str, str]:
     """The labels that all members share; the others are empty."""
     return {name: members[0][name] if len({m[name] for m in members}) == 1 else "" for name in LABELS}

@@ -14,6 +14,7 @@ Letters: B batch · T reference tokens · X cross-attention width · E latent va
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -56,9 +57,12 @@ class Readout(nn.Module):
 
 
 def dealt(latents_BChw: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """The latents in T parts [B, T, E], row by row; zeros fill up the last ones."""
-    values_BN = latents_BChw.permute(0, 2, 3, 1).flatten(1)
-    return F.pad(values_BN, (0, -values_BN.shape[1] % num_tokens)).unflatten(1, (num_tokens, -1))
+    """The latents in T parts [B, T, E] of a grid as square as T allows, row by row; zeros fill up what the grid does not divide."""
+    rows = max(n for n in range(1, math.isqrt(num_tokens) + 1) if num_tokens % n == 0)
+    columns = num_tokens // rows
+    filled_BChw = F.pad(latents_BChw, (0, -latents_BChw.shape[3] % columns, 0, -latents_BChw.shape[2] % rows))
+    parts_BCrhcw = filled_BChw.unflatten(3, (columns, -1)).unflatten(2, (rows, -1))
+    return parts_BCrhcw.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
 def seen_labels(source: Inputs, sample: Sample) -> dict[str, str]:

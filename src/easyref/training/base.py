@@ -33,10 +33,10 @@ DESCRIBE, COMMON = "Describe the image.", "What do these images have in common?"
 
 
 def base(params: Params, data: Path, out: Path, metrics: Path, work: Path) -> None:
-    """Train VAE, text-to-image and captioning models. Writes `out/diffusion` and `out/mllm` (half precision), and into `metrics`
+    """Train VAE, text-to-image and captioning models, and the VAE's decoder once more. Writes `out/diffusion` and `out/mllm` (half precision), and into `metrics`
     the training curves and `text.png`: what the base draws from text alone.
 
-    Each of the three models is kept in `work` as it finishes, under a hash of all it depends on: the same command goes on where
+    What each training makes is kept in `work` as it finishes, under a hash of all it depends on: the same command goes on where
     it was, a changed parameter trains anew what it changes. When all are written, `work` is removed: the next call trains again.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -48,13 +48,14 @@ def base(params: Params, data: Path, out: Path, metrics: Path, work: Path) -> No
     images = TrainingImages(data)
     mllm = train_captioning(params, images, work)
     vae = train_vae(params, images, work)
-    diffusion = train_text_to_image(params, images, vae, work)
+    drawing = train_text_to_image(params, images, vae, work)
+    diffusion = train_decoder(params, images, drawing, work)
     with atomic_folder(out) as folder:
         shutil.copytree(diffusion, folder / "diffusion")
         shutil.copytree(mllm, folder / "mllm")
         _forget_paths(folder)
     write_bytes(metrics / "text.png", draw_text_grid(params, images, diffusion))
-    for part in (mllm, vae, diffusion):
+    for part in (mllm, vae, drawing, diffusion):
         write_curves(part.with_suffix(".jsonl"), metrics, part.name.split("-")[0])
     remove_folder(work)
 
@@ -102,14 +103,18 @@ def build_vae(p: VAE, size: int) -> Any:
     )  # fmt: skip
 
 
+def pixel_loss(error_B3HW: torch.Tensor, edge_weight: float) -> torch.Tensor:
+    """L1 + squared error on pixels and L1 on their differences along x and y (sharp edges)."""
+    edges = error_B3HW.diff(dim=-1).abs().mean() + error_B3HW.diff(dim=-2).abs().mean()
+    return error_B3HW.abs().mean() + error_B3HW.square().mean() + edge_weight * edges
+
+
 def vae_loss(vae: Any, pixels_B3HW: torch.Tensor, noise_BChw: torch.Tensor, p: VAE) -> torch.Tensor:
-    """L1 + squared error on pixels and on their differences along x and y (sharp edges) + KL to the unit Gaussian."""
+    """`pixel_loss` + KL to the unit Gaussian."""
     posterior = vae.encode(pixels_B3HW).latent_dist
     out = vae.decode(posterior.mean + posterior.std * noise_BChw).sample
-    error = out - pixels_B3HW
-    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
-    return error.abs().mean() + error.square().mean() + p.edge_weight * edges + p.kl_weight * kl
+    return pixel_loss(out - pixels_B3HW, p.edge_weight) + p.kl_weight * kl
 
 
 def swap_colours(pixels_3HW: torch.Tensor, share: float, rng: np.random.Generator) -> torch.Tensor:
@@ -231,6 +236,11 @@ def noise_schedule():
     )  # fmt: skip
 
 
+def _time_ids(size: int) -> torch.Tensor:
+    """SDXL's sizes of a whole square [6]."""
+    return torch.tensor([size, size, 0, 0, size, size], dtype=torch.float32)
+
+
 def random_caption(label: dict, rng: np.random.Generator, drop_text: float, drop_label: float) -> str:
     """A caption with each label left out with probability `drop_label`, or nothing at all with `drop_text`."""
     if rng.random() < drop_text:
@@ -261,7 +271,7 @@ def train_text_to_image(params: Params, images: TrainingImages, vae_folder: Path
     latents_NChw = encode_latents(vae, images.batch, len(images.sha256s), params.ingest.size)
     order = Order(images.weights, seed, "text_to_image")
     size = params.ingest.size
-    time_ids_6 = torch.tensor([size, size, 0, 0, size, size], dtype=torch.float32)
+    time_ids_6 = _time_ids(size)
 
     def loss(numbers: Sequence[int]) -> torch.Tensor:
         items = [order[n] for n in numbers]
@@ -280,6 +290,53 @@ def train_text_to_image(params: Params, images: TrainingImages, vae_folder: Path
         vae=vae, text_encoder=encoder_1, text_encoder_2=encoder_2, tokenizer=tokenizer, tokenizer_2=tokenizer, unet=unet,
         scheduler=scheduler, force_zeros_for_empty_prompt=False, add_watermarker=False,
     )  # fmt: skip
+    with atomic_folder(done) as folder:
+        pipe.to(dtype=torch.float16).save_pretrained(folder)
+    return done
+
+
+def train_decoder(params: Params, images: TrainingImages, diffusion: Path, work: Path) -> Path:
+    """The pipeline of `diffusion` with a decoder that is used to the UNet: what a UNet draws is a little off the latents of any image,
+    and a decoder that was only shown those makes specks of it. The encoder and with it all latents stay."""
+    from diffusers import StableDiffusionXLPipeline
+
+    from easyref.training.loss import denoised, encode_text, to_latents
+
+    p, p_vae, p_image, seed = params.base.decoder, params.base.vae, params.base.text_to_image, params.seed
+    assert p is not None and p_vae is not None and p_image is not None
+    inputs = {"params": p.model_dump(), "images": images.content, "seed": seed, "diffusion": diffusion.name}
+    done, fingerprint = _part("decoder", inputs, work)
+    if done.exists():
+        return done
+    pipe: Any = StableDiffusionXLPipeline.from_pretrained(diffusion, torch_dtype=torch.float32, add_watermarker=False)
+    vae, unet, scheduler = pipe.vae, pipe.unet.eval().requires_grad_(False), pipe.scheduler
+    vae.requires_grad_(False)
+    decoder = nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder}).requires_grad_()
+    encoders = [(pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2)]
+    order = Order(images.weights, seed, "decoder")
+    size = params.ingest.size
+
+    @torch.no_grad()
+    def guessed(pixels_B3HW: torch.Tensor, captions: list[str], numbers: Sequence[int]) -> torch.Tensor:
+        """Latents of the images as the UNet guesses them under noise of any strength up to that of `max_timestep`."""
+        latents_BChw, rngs = to_latents(vae, pixels_B3HW), [torch_rng(seed, "decoder noise", n) for n in numbers]
+        t_B = torch.cat([torch.randint(p.max_timestep, (1,), generator=rng) for rng in rngs])
+        noise_BChw = torch.stack([torch.randn(latents_BChw.shape[1:], generator=rng) for rng in rngs])
+        noisy_BChw = scheduler.add_noise(latents_BChw, noise_BChw, t_B)
+        text_BLX, pooled_BP = encode_text(encoders, captions)
+        added = {"text_embeds": pooled_BP, "time_ids": _time_ids(size).expand(len(captions), 6)}
+        return denoised(scheduler, noisy_BChw, t_B, unet(noisy_BChw, t_B, text_BLX, added_cond_kwargs=added).sample)
+
+    def loss(numbers: Sequence[int]) -> torch.Tensor:
+        items, rngs = [order[n] for n in numbers], [numpy_rng(seed, "decoder", n) for n in numbers]
+        labels = [{**images.labels[i], "colors": ""} for i in items]  # which may be others in a moment
+        captions = [random_caption(label, rng, p_image.drop_text, p_image.drop_label) for label, rng in zip(labels, rngs, strict=True)]
+        pixels = [swap_colours(x, p_vae.swap_colours, rng) for x, rng in zip(images.batch(items), rngs, strict=True)]
+        pixels_B3HW = torch.stack(pixels)
+        out_B3HW = vae.decode(guessed(pixels_B3HW, captions, numbers) / vae.config.scaling_factor).sample
+        return pixel_loss(out_B3HW - pixels_B3HW, p_vae.edge_weight)
+
+    train(Task("base: decoder", [vae, unet], dict(decoder.named_parameters()), loss, fingerprint), p, done.with_suffix(".safetensors"))
     with atomic_folder(done) as folder:
         pipe.to(dtype=torch.float16).save_pretrained(folder)
     return done

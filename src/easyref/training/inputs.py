@@ -6,7 +6,7 @@ tokens · P pooled text width · C,h,w latents.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from easyref import images
 from easyref.cache import made_here
 from easyref.config import Loading, Samples
 from easyref.data import dataset, frames
-from easyref.data.captions import SHARED, caption
+from easyref.data.captions import SHARED, caption, invented
 from easyref.data.dataset import SWAPS, TrainingImages, seen_as
 from easyref.data.frames import Frame, Framing, Size, face_frame
 from easyref.model import reference
@@ -86,7 +86,7 @@ class Sampler:
             kind, references = rng.choice(list(SHARED)), [target]
         labels = self.images.labels[target]
         hidden = {*SHARED.get(str(kind), ()), "colors"} if rng.random() < p.hide_labels else {"colors"}
-        prompt = caption(labels, hide=hidden)
+        prompt = caption(self._invented(number, labels), hide=hidden)
         dropped = rng.random()
         if dropped < p.drop_image + p.drop_both:
             references = [NULL]
@@ -97,6 +97,14 @@ class Sampler:
         place = int(rng.integers(p.crops)) / (p.crops - 1) if p.crops > 1 else 0.5
         face = self._face(number, target, int(view)) if references == [target] and target in self.images.faces else None
         return Sample(target, tuple(references), prompt, int(view), place, face)
+
+    def _invented(self, number: int, labels: Mapping[str, str]) -> Mapping[str, str]:
+        """With a probability of `invent_words`: a subject nobody has heard of, of which only the references can tell."""
+        rng = numpy_rng(*self.key, "words", number)
+        if rng.random() >= self.p.invent_words:
+            return labels
+        other = self.images.labels[rng.integers(len(self.images.labels))]
+        return {**labels, "subject": invented(labels["subject"], other["subject"])}
 
     def _face(self, number: int, target: int, view: int) -> Seen | None:
         """With a probability of `face_share`: the square around the face, grown by 0 to 49 %, mirrored or not (method.md §4)."""

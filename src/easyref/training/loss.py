@@ -67,6 +67,15 @@ def noised(scheduler, latents_BChw: torch.Tensor, seed: int, numbers: Sequence[o
     return scheduler.add_noise(latents_BChw, noise_BChw, t_B), t_B, noise_BChw
 
 
+def denoised(scheduler, noisy_BChw: torch.Tensor, t_B: torch.Tensor, predicted_BChw: torch.Tensor) -> torch.Tensor:
+    """The latents that a prediction, ε or v, amounts to."""
+    alpha_B111 = scheduler.alphas_cumprod.to(t_B.device)[t_B].view(-1, 1, 1, 1)
+    signal_B111, noise_B111 = alpha_B111.sqrt(), (1 - alpha_B111).sqrt()
+    if scheduler.config.prediction_type == "v_prediction":
+        return signal_B111 * noisy_BChw - noise_B111 * predicted_BChw
+    return (noisy_BChw - noise_B111 * predicted_BChw) / signal_B111
+
+
 def diffusion_loss(
     unet: nn.Module, scheduler, latents_BChw: torch.Tensor, text_BLX: torch.Tensor, added: dict, seed: int,
     numbers: Sequence[object], min_snr: float | None = None, noise_offset: float = 0.0,

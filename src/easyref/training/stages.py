@@ -52,8 +52,9 @@ STAGES = {
 
 
 def parts(name: str, p: Stage) -> tuple[str, ...]:
-    """What the stage trains under its parameters."""
-    return tuple(part for part in STAGES[name].trains if part not in p.freeze)
+    """What the stage trains under its parameters. LoRA wherever it has a rank: in the paper's pretraining it has none."""
+    lora = ("lora",) if p.lora_rank else ()
+    return tuple(part for part in dict.fromkeys((*STAGES[name].trains, *lora)) if part not in p.freeze)
 
 
 def frozen_prefix(trains: Collection[str]) -> bool:
