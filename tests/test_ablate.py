@@ -69,8 +69,13 @@ def test_an_ablation_runs_and_is_kept(tmp_path: Path, capsys: pytest.CaptureFixt
     small_data(tmp_path / "data", params, 12)
     arguments = (params, "layer", 0.5, 3, tmp_path / "data", Path("models"), tmp_path, tmp_path / "work")
     result = ablate.ablate(*arguments)
-    assert list(result["variants"]) == ["-1", "-2", "-3"]
-    checkpoints = sorted((tmp_path / "work" / "ablate").glob(f"*/finetune_multi/{WEIGHTS}"))
+    assert list(result["variants"]) == ["-1", "-2", "-3"] and result["base"] == "-1"
+    assert "3 variants at 0.5 of the training lengths" in capsys.readouterr().out
+    for name, entry in result["variants"].items():
+        f, gap = entry["fidelity"], entry["right_minus_base"]["fidelity"]
+        assert gap["mean"] == pytest.approx(f["right"] - result["variants"]["-1"]["fidelity"]["right"])
+        assert (gap["low"] == gap["high"] == 0) == (name == "-1")
+    checkpoints = sorted((tmp_path / "work").glob(f"*/finetune_multi/{WEIGHTS}"))
     layers = {}
     for path in checkpoints:
         with safe_open(path, "pt") as file:
@@ -79,7 +84,7 @@ def test_an_ablation_runs_and_is_kept(tmp_path: Path, capsys: pytest.CaptureFixt
     assert layers == {-1: 3, -2: 2, -3: 1}, "the prefix ends before the layer that the tokens join"
     assert read_json(tmp_path / "metrics" / "ablate" / "layer.json")["variants"].keys() == result["variants"].keys()
     assert Image.open(tmp_path / "reports" / "ablate" / "layer.png").width > 600
-    capsys.readouterr()
+    page = (tmp_path / "reports" / "ablate" / "layer.md").read_text()
+    assert "| -2: .831, .704, .616 |" in page and "3 held-out samples" in page and "![](layer.png)" in page
     assert ablate.ablate(*arguments) == result
     assert "trains" not in capsys.readouterr().out, "nothing is trained twice"
-    assert len(ablate.table(result).splitlines()) == 5

@@ -1,5 +1,6 @@
 """Bad input of `easyref generate` is one clear line and a non-zero exit; nothing half-written is left."""
 
+import shutil
 import struct
 import subprocess
 import sys
@@ -44,6 +45,17 @@ def test_missing_reference_option_and_missing_checkpoint(tmp_path: Path) -> None
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     result = run("generate", "--ref", str(tmp_path / "a.png"), "--model", str(tmp_path / "nothing"))
     assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_full_disk_is_one_line_and_leaves_what_was(tmp_path: Path) -> None:
+    shutil.copytree("presets", tmp_path / "presets")
+    (tmp_path / "params.yaml").write_text("as it was")
+    command = f"ulimit -f 1; exec {sys.executable} -m easyref.cli preset nano"  # no file over 1 KiB
+    result = subprocess.run(["bash", "-c", command], cwd=tmp_path, check=False, capture_output=True, text=True)
+    assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1
+    assert "make room and give the command again" in result.stderr
+    assert (tmp_path / "params.yaml").read_text() == "as it was"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["params.yaml", "presets"]
 
 
 def test_truncated_image_is_an_image_error(tmp_path: Path) -> None:

@@ -99,6 +99,8 @@ def test_equal_samples_are_encoded_once_and_memory_is_bounded(easyref: EasyRef, 
     assert sum(batches) == 2
     assert torch.equal(made[0], made[2]) and torch.equal(made[0], made[3]) and not torch.equal(made[0], made[1])
     assert 0 < easyref.starts.currsize <= easyref.starts.maxsize
+    assert easyref.encoded.currsize == sum(tokens.nbytes for tokens in easyref.encoded.values())
+    assert easyref.encoded.maxsize > 500 * easyref.encoded.currsize, "what one baseline reads alone, the next one finds"
     assert torch.equal(easyref.encode([two[0]], [two[1]])[0], made[1]) and sum(batches) == 2  # a new seed, later
     easyref.encoded.clear()
     monkeypatch.setattr(easyref, "starts", LRUCache(10, getsizeof=lambda start: start.nbytes))

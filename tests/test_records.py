@@ -3,11 +3,12 @@
 import itertools
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
 
-from easyref.records import atomic_folder, remove_folder
+from easyref.records import alone, atomic_folder, remove_folder
 from tests.processes import exit_code, start
 
 OLD, NEW = {"a": "old", "b": "old"}, {"a": "new", "b": "new"}
@@ -54,3 +55,22 @@ def test_killed_at_any_change(verb: str, done: dict[str, str], tmp_path: Path) -
     assert last > 4
     assert content(folder) == done
     assert [path.name for path in tmp_path.iterdir()] == ["folder"] * bool(done)
+
+
+def hold(folder: Path) -> None:
+    with alone(folder):
+        (folder / "held").touch()
+        time.sleep(60)
+
+
+def test_one_run_at_a_time_in_a_folder_until_it_ends_or_is_killed(tmp_path: Path) -> None:
+    process = start(hold, tmp_path)
+    while not (tmp_path / "held").exists():
+        assert process.is_alive()
+        time.sleep(0.01)
+    with pytest.raises(ValueError, match="another run is at work there"), alone(tmp_path):
+        pass
+    process.kill()
+    assert exit_code(process) == -signal.SIGKILL
+    with alone(tmp_path):
+        pass

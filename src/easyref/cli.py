@@ -5,6 +5,7 @@ A verb that is also a stage has the name of its DVC stage and of its section in 
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import sys
@@ -174,8 +175,10 @@ Samples = Annotated[int, typer.Option(min=1, help="The first so many of a seeded
 def _protocol(name: Literal["single", "dreambench"], folder: Path | None, samples: int, params: Path, out: Path) -> None:
     from easyref.config import load_params
     from easyref.evaluation.mrbench_stage import protocol_bench
+    from easyref.records import alone
 
-    result = protocol_bench(load_params(params), name, folder, samples, DATA, MODELS, out, WORK)[name]
+    with alone(WORK / "evaluate"):
+        result = protocol_bench(load_params(params), name, folder, samples, DATA, MODELS, out, WORK / "evaluate")[name]
     for metric, entry in result.items():
         if entry and "easyref" in entry:
             print(metric + "".join(f", {key} {entry[key]:.3f}" for key in ("easyref", "text_only", "shuffled", "ceiling")))
@@ -264,8 +267,10 @@ def evaluate(params: ParamsFile = PARAMS) -> None:
     """Right, shuffled and no references on held-out and held-in groups → metrics and the picture that proves it."""
     from easyref.config import load_params
     from easyref.evaluation.stage import evaluate_stage
+    from easyref.records import alone
 
-    evaluate_stage(load_params(params), DATA, MODELS, Path(), WORK / "evaluate")
+    with alone(WORK / "evaluate"):
+        evaluate_stage(load_params(params), DATA, MODELS, Path(), WORK / "evaluate")
 
 
 @app.command()
@@ -273,9 +278,11 @@ def mrbench(params: ParamsFile = PARAMS) -> None:
     """The same samples by every baseline (average, concatenation, LoRA, copy …) → metrics and reports/evaluation.html."""
     from easyref.config import load_params
     from easyref.evaluation.mrbench_stage import mrbench_stage
+    from easyref.records import alone
     from easyref.training.group_lora import group_lora
 
-    mrbench_stage(load_params(params), DATA, MODELS, Path(), WORK / "evaluate", group_lora)
+    with alone(WORK / "evaluate"):
+        mrbench_stage(load_params(params), DATA, MODELS, Path(), WORK / "evaluate", group_lora)
 
 
 @app.command()
@@ -289,8 +296,10 @@ def ablate(
     from easyref.ablate import ablate as run
     from easyref.ablate import table
     from easyref.config import load_params
+    from easyref.records import alone
 
-    print(table(run(load_params(params), name, share, samples, DATA, MODELS, Path(), WORK)))
+    with alone(WORK / "ablate"):
+        print(table(run(load_params(params), name, share, samples, DATA, MODELS, Path(), WORK / "ablate")))
 
 
 @app.command()
@@ -717,13 +726,15 @@ def _preset(name: str) -> Path:
 
 
 def main() -> None:
-    """Entry point: a wrong input is one line on stderr and exit code 2; Ctrl-C is 130; anything else shows its trace."""
+    """Entry point: a wrong input or a full disk is one line on stderr and exit code 2; Ctrl-C is 130; anything else shows its trace."""
     try:
         app()
-    except (ValueError, FileNotFoundError, RuntimeError, FloatingPointError) as error:
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         if "EASYREF_DEBUG" in os.environ:
             raise
-        print(f"easyref: {str(error).splitlines()[0]}", file=sys.stderr)
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        fix = "; make room and give the command again: what is finished is kept" if full else ""
+        print(f"easyref: {str(error).splitlines()[0]}{fix}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("easyref: stopped; the same command goes on where it was", file=sys.stderr)

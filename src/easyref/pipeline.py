@@ -29,7 +29,7 @@ from easyref.runtime import Encoder, Engines
 from easyref.seeds import torch_rng
 
 START_BYTES = 256 * 2**20  # of references kept for the next prompt
-ENCODED = 64  # samples kept for the next seed
+TOKEN_BYTES = 64 * 2**20  # of samples kept for the next seed: 8,000 at nano, 128 at SDXL's size
 SIZE_STEP = 8  # pixels; diffusers takes no others
 Sample = tuple[tuple[str, ...], str, tuple[float, ...]]  # digests of the references, prompt, weights
 
@@ -60,7 +60,7 @@ class EasyRef:
         self._before = pipe.scheduler if schedule != AS_BASE else None
         pipe.scheduler = schedule.of(pipe.scheduler)
         self._null: dict[tuple[float, ...], torch.Tensor] = {}  # by scales
-        self.encoded: LRUCache = LRUCache(ENCODED)  # tokens_TX by sample
+        self.encoded: LRUCache = LRUCache(TOKEN_BYTES, getsizeof=lambda tokens: tokens.nbytes)  # tokens_TX by sample
         self.starts: LRUCache = LRUCache(START_BYTES, getsizeof=lambda start: start.nbytes)  # by the references' digests
         self.disk = disk or DiskCache(Path(), 0, None)
 

@@ -75,14 +75,29 @@ def plan(params: Params, folder: Path) -> tuple[dict[str, int], dict[str, list[R
     """Parameters of the base models, and all stages in order with what they train or make. `folder`: models/base."""
     sizes = {name: _count([model]) for name, model in base_models(params, folder).items()}
     stages: dict[str, list[Row]] = {"ingest": [], "embed": [], "group": [], "split": [], "base": base_rows(params, folder)}
-    models = cache(partial(easyref_models, params, folder))  # LoRA of the full rank takes seconds to put in
-    stages |= {name: [stage_row(params, name, models)] for name in STAGES}
-    if params.align:
-        stages["pretrain"].insert(0, align_row(params, params.align, models))
+    stages |= training_rows(params, folder, tuple(STAGES))
     drawn = evaluate_row(params, easyref_models(params, folder, None, "fp32"))
     more = len(COMPARISON.methods) - len(CONDITIONS) - 1  # `mrbench` finds those of `evaluate`, and a copy is not drawn
     baselines = replace(drawn, name="mrbench, without tuning", images=drawn.images // len(CONDITIONS) * more)
     return sizes, stages | {"evaluate": [drawn], "mrbench": [baselines], "report": []}
+
+
+def training_rows(params: Params, folder: Path, names: Sequence[str]) -> dict[str, list[Row]]:
+    """Of the stages `names` among the three."""
+    models = cache(partial(easyref_models, params, folder))  # LoRA of the full rank takes seconds to put in
+    rows = {name: [stage_row(params, name, models)] for name in names}
+    if params.align and "pretrain" in rows:
+        rows["pretrain"].insert(0, align_row(params, params.align, models))
+    return rows
+
+
+def seconds(params: Params, folder: Path, names: Sequence[str], drawn: int) -> float:
+    """About how long the training stages `names`, and drawing so many images, take on the device at hand."""
+    rows = [row for rows in training_rows(params, folder, names).values() for row in rows]
+    rows.append(replace(evaluate_row(params, easyref_models(params, folder, None, "fp32")), images=drawn))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rates = {row.precision: matmul_rate(device, DTYPES[row.precision]) for row in rows}
+    return sum(row.seconds(rates[row.precision]) for row in rows)
 
 
 # -- models on the meta device -----------------------------------------------------------------------------------------
@@ -394,7 +409,7 @@ def _cells(r: Row, rate: float) -> tuple[str, ...]:
     weights, optimizer, activations, memory = (f"{n / 2**30:.2f} GiB" for n in (r.weights, r.optimizer, r.activations, r.memory))
     star = "*" if r.encode > r.optimizer + r.activations else ""
     counts = (_short(r.images), f"{r.batch}/{r.microbatch}", str(r.references or "-"), _short(r.trained), _short(r.frozen))
-    return (r.name, *counts, weights, optimizer, activations, star + memory, _short(r.flop), _duration(r.seconds(rate)))
+    return (r.name, *counts, weights, optimizer, activations, star + memory, _short(r.flop), duration(r.seconds(rate)))
 
 
 def _short(number: float) -> str:
@@ -405,7 +420,7 @@ def _short(number: float) -> str:
     return f"{number:.0f} "
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """In the largest unit that gives at least two: 90 s, 14 min, 3 h, 5 d, 12 y."""
     for unit, size in (("y", 365 * 86400), ("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:

@@ -5,6 +5,7 @@ One rule for every writer of the project: write beside the target, fsync, rename
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import hashlib
 import json
@@ -111,6 +112,22 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
             temporary.replace(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """The only process in `folder` that asks for this, until it ends, however that is.
+
+    Raises:
+        ValueError: another one is at work there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another run is at work there; wait for its end and give the command again") from None
+        yield
 
 
 def remove_folder(folder: Path) -> None:

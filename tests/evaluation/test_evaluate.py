@@ -61,7 +61,8 @@ class Answers:
 
 def judged(emoji: Emoji, answers: Answers, out: Path, weights: str = "w", **change: Any) -> Evaluated:
     """`evaluate` of the stage, drawn by `answers`."""
-    arguments: dict[str, Any] = {"samples": emoji.samples, "images": emoji.images, "params": PARAMS, "seed": 0, "out": out, **change}
+    arguments: dict[str, Any] = {"samples": emoji.samples, "images": emoji.images, "params": PARAMS, "seed": 0, **change}
+    arguments |= {"out": out, "embedded": out / "no embeddings"}
     return evaluate(EVALUATE, load=emoji.load, painters={"together": Painter(answers, weights)}, **arguments)
 
 
@@ -74,6 +75,7 @@ def made(
 @dataclass
 class Run:
     result: dict[str, Any]
+    table: pl.DataFrame
     answers: Answers
     out: Path
 
@@ -83,7 +85,8 @@ def done(emoji: Emoji, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run
     out, answers = tmp_path_factory.mktemp("evaluate"), Answers(emoji)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("easyref.evaluation.judges.fit_dual", partial(fit_dual, steps=40))
-        yield Run(judged(emoji, answers, out).result, answers, out)
+        found = judged(emoji, answers, out)
+        yield Run(found.result, found.table(), answers, out)
 
 
 def test_the_right_references_win_and_cover_the_whole_distance(done: Run) -> None:
@@ -101,7 +104,7 @@ def test_the_right_references_win_and_cover_the_whole_distance(done: Run) -> Non
 
 
 def test_numbers_agree_with_the_table_of_scores(done: Run) -> None:
-    scores = pl.read_parquet(done.out / "scores.parquet")
+    scores = done.table
     for kind in ("subject", "person", "style"):
         own = scores.filter((pl.col("split") == "held_out") & (pl.col("kind") == kind))
         for name in METRICS:
@@ -290,7 +293,7 @@ def test_evaluators_see_the_training_split_only(done: Run, emoji: Emoji, tmp_pat
         pl.when(train).then("tone").otherwise(pl.lit("dark")).alias("tone"),
         pl.when(train).then("caption").otherwise(pl.lit("nonsense")).alias("caption"),
     )
-    real = RealImages(scrambled, emoji.load, done.out / "features.safetensors")
+    real = RealImages(scrambled, emoji.load, done.out / "features.safetensors", tmp_path / "no embeddings")
     Judge(real, SPLITS, 0, tmp_path / "evaluators.safetensors")
     found, expected = (load_evaluators(folder / "evaluators.safetensors")[0] for folder in (tmp_path, done.out))
     for name, evaluator in expected.items():

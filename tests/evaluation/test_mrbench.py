@@ -51,6 +51,7 @@ def run(emoji: Emoji, out: Path) -> tuple[Evaluated, dict[str, Answers]]:
     painters = {reading: Painter(answer, reading) for reading, answer in answers.items()} | {"copy": Painter(baselines.copy, "copy")}
     similarity = [Similarity("clip", mean_colour, lambda texts: np.ones((len(texts), 3)))]
     arguments: dict[str, Any] = {"load": emoji.load, "painters": painters, "p": PARAMS, "drawing": DRAWING, "seed": 0, "out": out}
+    arguments["embedded"] = out / "no embeddings"
     return mrbench(emoji.samples, emoji.images, groups_of(emoji.images), **arguments, similarity=similarity), answers
 
 

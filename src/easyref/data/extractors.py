@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -115,7 +116,10 @@ class Palette:
 
 
 class MiniLM:
-    """Sentence embedding, L2-normalised: N texts -> [N, 384]. The dot product of two rows is their cosine."""
+    """Sentence embedding, L2-normalised: N texts -> [N, 384]. The dot product of two rows is their cosine.
+
+    `threads` batches are under way at once, each in one thread, so that the vectors do not depend on it.
+    """
 
     name = "minilm"
     width = 384
@@ -129,18 +133,19 @@ class MiniLM:
         check_sha256(model, MINILM_SHA256)
         check_sha256(vocabulary, MINILM_TOKENIZER_SHA256)
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = threads
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
         self.session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
         self.inputs = {value.name for value in self.session.get_inputs()}
         self.tokenizer = Tokenizer.from_file(str(vocabulary))
         self.tokenizer.enable_padding(pad_id=0, pad_token="[PAD]")
         self.tokenizer.enable_truncation(256)  # the length the model was trained with
-        self.batch = batch
+        self.batch, self.threads = batch, threads
 
     def __call__(self, items: Sequence[str]) -> Array:
         if not len(items):
             return np.zeros((0, self.width), np.float32)
-        return np.concatenate([self._pass(items[i : i + self.batch]) for i in range(0, len(items), self.batch)])
+        with ThreadPoolExecutor(self.threads) as pool:
+            return np.concatenate(list(pool.map(self._pass, [items[i : i + self.batch] for i in range(0, len(items), self.batch)])))
 
     def _pass(self, texts: Sequence[str]) -> Array:
         encoded = self.tokenizer.encode_batch(list(texts))

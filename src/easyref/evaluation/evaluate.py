@@ -21,7 +21,7 @@ from easyref.config import Evaluate
 from easyref.evaluation import metrics
 from easyref.evaluation.generations import CONDITIONS, Case, Images, Load, Method, Painter, make_images, select_cases
 from easyref.evaluation.judges import Array, Judge, RealImages, Similarity
-from easyref.records import sha256_json, write_table
+from easyref.records import sha256_json
 
 SPLITS = ("held_out", "held_in")
 IMAGE_LABELS = ("sha256", "concept", "subject", "gender", "tone", "style", "caption", "split")
@@ -54,6 +54,10 @@ class Evaluated:
     scores: dict[str, dict[str, dict[str, Array]]]  # split -> metric -> method -> [N]
     judge: Judge
 
+    def table(self) -> pl.DataFrame:
+        """One row a sample and method."""
+        return pl.concat([_score_table(self.cases[split], scores) for split, scores in self.scores.items()], how="diagonal")
+
 
 def evaluate(
     comparison: Comparison,
@@ -65,6 +69,7 @@ def evaluate(
     *,
     seed: int,
     out: Path,
+    embedded: Path,
     limits: Mapping[str, int] | None = None,
     similarity: Sequence[Similarity] = (),
 ) -> Evaluated:
@@ -75,7 +80,8 @@ def evaluate(
         images: at least `IMAGE_LABELS`, one row an image.
         load: sha256 -> image.
         painters: by the readings of the methods.
-        out: where images, features, evaluators and `scores.parquet` (one row a sample, method) are kept.
+        out: where images, features and evaluators are kept, each named or marked by what it is made from: many evaluations share it.
+        embedded: the folder of the stage `embed`, whose vectors need not be made again (features.py); need not be there.
         limits: how many samples of each split; None: as `params` says.
 
     Raises:
@@ -89,15 +95,11 @@ def evaluate(
         reason = (unusable + broken + [f"the table has no {' or '.join(limits)} sample"])[0]
         raise ValueError(f"evaluate: none of {len(samples)} samples could be used; first reason: {reason}")
 
-    judge = Judge(
-        RealImages(images, load, out / "features.safetensors"), list(limits), seed, out / "evaluators.safetensors", similarity
-    )
+    real = RealImages(images, load, out / "features.safetensors", embedded)
+    judge = Judge(real, list(limits), seed, out / "evaluators.safetensors", similarity)
     done = {split: [c for c in cases if c.split == split and (c, comparison.own) in made] for split in limits}
     names = comparison.names
     scores = {split: judge.scores(done[split], made, names) for split in limits}
-    write_table(
-        out / "scores.parquet", pl.concat([_score_table(done[split], scores[split], names) for split in limits], how="diagonal")
-    )
     result = {
         **{split: summary(comparison, done[split], scores[split], judge.metrics, params.bootstrap, seed) for split in limits},
         "copying": {split: judge.copying(done[split], made, names) for split in limits},
@@ -168,11 +170,11 @@ def _count(cases: list[Case]) -> dict[str, int]:
     return {"samples": len(cases), "groups": len({c.group_id for c in cases}), **Counter(c.kind for c in cases)}
 
 
-def _score_table(cases: list[Case], scores: dict[str, dict[str, Array]], methods: Sequence[str]) -> pl.DataFrame:
+def _score_table(cases: list[Case], scores: dict[str, dict[str, Array]]) -> pl.DataFrame:
     rows = []
     for i, case in enumerate(cases):
         about = [case.sample_id, case.group_id, case.kind, case.split]
-        for method in (*methods, "ceiling"):
+        for method in next(iter(scores.values())):
             values = [float(columns[method][i]) for columns in scores.values()]
             rows.append([*about, method, *(None if math.isnan(value) else value for value in values)])
     types: dict[str, Any] = dict.fromkeys(("sample_id", "group_id", "kind", "split", "condition"), pl.String)

@@ -7,7 +7,7 @@ DINOv2, ArcFace, each a `Similarity`. Evaluators see the training split only, an
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import torch
 from PIL import Image
 
 from easyref.data.captions import SHARED, caption
 from easyref.data.extractors import Lite0, MiniLM
 from easyref.evaluation import metrics
+from easyref.evaluation.features import real_features
 from easyref.evaluation.generations import Case, Images, Load
 from easyref.evaluation.probes import (
     ConceptProbe,
@@ -33,8 +35,7 @@ from easyref.evaluation.probes import (
     save_evaluators,
 )
 from easyref.images import open_image
-from easyref.progress import track
-from easyref.records import atomic_path, sha256_json
+from easyref.records import sha256_json
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -84,15 +85,14 @@ class Similarity:
 
 
 class RealImages:
-    """Features of every real image, computed once and kept: deep [N, 1280], shallow [N, 160], by sha256."""
+    """Features of every real image, deep [N, 1280] and shallow [N, 160], by sha256 (features.py)."""
 
-    def __init__(self, images: pl.DataFrame, load: Load, cache: Path) -> None:
+    def __init__(self, images: pl.DataFrame, load: Load, kept: Path, embedded: Path) -> None:
         self.table, self.load = images, load
         self.index = {sha: i for i, sha in enumerate(images["sha256"])}
         self.extractor = Lite0()
-        self.key = sha256_json([self.extractor.name, self.extractor.size, list(self.index)])
-        self.deep, self.shallow = self._cached(cache)
-        self.train = np.flatnonzero((images["split"] == "train").to_numpy())
+        self.deep, self.shallow = real_features(list(self.index), load, self.extractor, kept, embedded)
+        self.train = self.of_split("train")
         self.mean_E = self.deep[self.train].mean(0)
 
     def rows(self, shas: Sequence[str]) -> Array:
@@ -112,31 +112,13 @@ class RealImages:
     def train_pixels(self) -> Array:
         return self.pixels(self.train)
 
-    def _cached(self, path: Path) -> tuple[Array, Array]:
-        from safetensors import safe_open
-        from safetensors.numpy import save_file
-
-        if path.exists():
-            with safe_open(path, "numpy") as file:
-                if (file.metadata() or {}).get("key") == self.key:
-                    return file.get_tensor("deep").astype(np.float32), file.get_tensor("shallow").astype(np.float32)
-        blocks = [self.extractor.both([self.load(s) for s in shas]) for shas in self._progress()]
-        deep, shallow = (np.concatenate(parts).astype(np.float16) for parts in zip(*blocks, strict=True))
-        with atomic_path(path) as temporary:
-            save_file({"deep": deep, "shallow": shallow}, temporary, {"key": self.key})
-        return deep.astype(np.float32), shallow.astype(np.float32)
-
-    def _progress(self) -> Iterator[list[str]]:
-        shas, size = list(self.index), 256
-        blocks = (shas[i : i + size] for i in range(0, len(shas), size))
-        return track(blocks, "features of the real images", -(-len(shas) // size), f"blocks of {size} images")
-
 
 class Judge:
     """All evaluators together, fitted on the training split."""
 
     def __init__(self, real: RealImages, splits: Sequence[str], seed: int, cache: Path, similarity: Sequence[Similarity] = ()) -> None:
-        self.real, self.splits, self.similarity, self.embed = real, splits, similarity, MiniLM()
+        self.real, self.splits, self.similarity = real, splits, similarity
+        self.embed = MiniLM(threads=torch.get_num_threads())
         self.metrics = (*METRICS, *(name for model in similarity for name in model.metrics))
         self.probes, self.dual = self._evaluators(seed, cache)
         self.concept = {split: self._concepts(split) for split in splits}
@@ -259,7 +241,8 @@ class Judge:
         real, train = self.real, self.real.train
         labels = {name: np.array(real.labels(name, train)) for name in ("style", "tone")}
         rows, texts = self._captions()
-        key = sha256_json([real.key, train.tolist(), *(values.tolist() for values in labels.values()), texts, seed])
+        seen = [real.extractor.name, real.extractor.size, real.table["sha256"].gather(train.tolist()).to_list()]
+        key = sha256_json([*seen, *(values.tolist() for values in labels.values()), texts, seed])
         found: dict[str, Any] = {}
         if cache.exists():
             found, about = load_evaluators(cache)

@@ -53,6 +53,7 @@ def mrbench(
     *,
     seed: int,
     out: Path,
+    embedded: Path,
     similarity: Sequence[Similarity] = (),
 ) -> Evaluated:
     """`evaluate` with all methods; the result has `distribution`, `diversity` and `counts` besides.
@@ -60,7 +61,7 @@ def mrbench(
     Args: as of `evaluate`, and
         groups: `records.GROUP_COLUMNS`, for samples with more references than those of `samples` have.
     """
-    found = evaluate(COMPARISON, samples, images, load, painters, drawing, seed=seed, out=out, similarity=similarity)
+    found = evaluate(COMPARISON, samples, images, load, painters, drawing, seed=seed, out=out, embedded=embedded, similarity=similarity)
     names = COMPARISON.names
     found.result["distribution"] = {s: found.judge.distribution(cases, found.images, names) for s, cases in found.cases.items()}
     draw = partial(make_images, load=load, painters=painters, out=out, batch=drawing.batch)

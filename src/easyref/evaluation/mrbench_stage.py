@@ -20,7 +20,7 @@ from easyref.evaluation.stage import Place
 from easyref.evaluation.summary import summary
 from easyref.model.weights import WEIGHTS
 from easyref.progress import use_threads
-from easyref.records import read_table, sha256_file, sha256_json, write_json
+from easyref.records import read_table, sha256_file, sha256_json, write_json, write_table
 
 #: (base pipeline, params.mrbench.lora, params.evaluate, seed) → the painter's `Generate`; see training/group_lora.py.
 Tune = Callable[..., Generate]
@@ -40,8 +40,9 @@ def mrbench_stage(params: Params, data: Path, models: Path, out: Path, work: Pat
     groups = read_table(data / "split" / "groups.parquet")
     found = mrbench(
         place.samples, place.images, groups, place.store.image, painters, p, drawing, seed=params.seed, out=work,
-        similarity=similarity(params),
+        embedded=place.embedded, similarity=similarity(params),
     )  # fmt: skip
+    write_table(work / "scores.parquet", found.table())
     write_json(out / "metrics" / "mrbench.json", found.result)
     write_report(found, place.store.image, out / "reports" / "evaluation.html", about(place, painters))
     print(summary(out))
@@ -56,8 +57,9 @@ def protocol_bench(
     samples = (dreambench if protocol == "dreambench" else single)(place.images, place.store.image, folder)
     found = evaluate(
         protocols.COMPARISON, samples.samples, samples.images, samples.load, place.together(), params.evaluate, seed=params.seed,
-        out=work / protocol, limits={protocol: count}, similarity=similarity(params),
+        out=work, embedded=place.embedded, limits={protocol: count}, similarity=similarity(params),
     )  # fmt: skip
+    write_table(work / f"scores-{protocol}.parquet", found.table())
     write_json(out, found.result)
     return found.result
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from easyref.evaluation.metrics import unit
-from easyref.records import atomic_path
+from easyref.records import write_bytes
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -187,13 +187,12 @@ def roc_auc(features_NE: Array, labels: Sequence[str] | Array, styles: Sequence[
 
 def save_evaluators(path: str | Path, evaluators: dict[str, LinearProbe | DualEncoder], about: dict[str, Any]) -> None:
     """One safetensors file; the classes and `about` are JSON in its header."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     tensors = {f"{name}.{key}": value for name, e in evaluators.items() for key, value in e.tensors().items()}
     classes = {name: e.classes for name, e in evaluators.items() if isinstance(e, LinearProbe)}
     header = {"classes": json.dumps(classes), "about": json.dumps(about, sort_keys=True)}
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, header)
+    write_bytes(path, save(tensors, header))
 
 
 def load_evaluators(path: str | Path) -> tuple[dict[str, LinearProbe | DualEncoder], dict[str, Any]]:

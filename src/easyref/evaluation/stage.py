@@ -26,7 +26,7 @@ from easyref.model import reference
 from easyref.model.weights import WEIGHTS
 from easyref.pipeline import EasyRef
 from easyref.progress import use_threads
-from easyref.records import read_table, sha256_file, write_json
+from easyref.records import read_table, sha256_file, write_json, write_table
 
 STAGE = "finetune_multi"
 CODE = [Path(inspect.getfile(module)) for module in (pipeline, generations, baselines)]
@@ -38,7 +38,7 @@ class Place:
 
     def __init__(self, params: Params, data: Path, models: Path, stage: str = STAGE) -> None:
         self.params, self.data, self.models, self.checkpoint = params, data, models, models / stage
-        self.store = ImageStore(data / "images")
+        self.store, self.embedded = ImageStore(data / "images"), data / "embeddings"
         self.images = self.store.table.join(read_table(data / "split" / "images.parquet", ("sha256", "split")), on="sha256")
         self.samples = read_table(data / "split" / "samples.parquet")
 
@@ -85,7 +85,11 @@ def evaluate_stage(params: Params, data: Path, models: Path, out: Path, work: Pa
     """`metrics/evaluate.json` and `reports/grid.png` of the checkpoint of stage 3."""
     print(use_threads(params.threads))
     p, place = params.evaluate, Place(params, data, models)
-    found = evaluate(EVALUATE, place.samples, place.images, place.store.image, place.together(), p, seed=params.seed, out=work)
+    found = evaluate(
+        EVALUATE, place.samples, place.images, place.store.image, place.together(), p, seed=params.seed, out=work,
+        embedded=place.embedded,
+    )  # fmt: skip
+    write_table(work / "scores.parquet", found.table())
     write_json(out / "metrics" / "evaluate.json", found.result)
     rows = grid_rows(found.cases["held_out"], found.images, place.store.image, max(1, p.grid_rows // 3))
     if rows:
