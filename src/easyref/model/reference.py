@@ -5,7 +5,7 @@ T learnable reference tokens join in the LAST layer only, and a projector takes 
 Paper and released weights differ in three switches (`SWITCHES`), which every checkpoint carries in its config.
 
 Letters: B batch · L context tokens (images + text, right-padded) · T reference tokens · D LLM width · X UNet cross-attention
-width · H query heads · G key/value heads · E head width · P image patches · N merged image tokens.
+width · H query heads · G key/value heads · E head width · P image patches · N merged image tokens · K context tokens of all samples.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     Qwen2VLForConditionalGeneration,
@@ -263,6 +266,7 @@ class ReferenceEncoder(nn.Module):
         lm.norm = copy.deepcopy(lm.norm) if config.prefix_final_norm else nn.Identity()
         self.rotary = copy.deepcopy(lm.rotary_emb)  # own copy: the aggregator runs without the mllm (cached prefix)
         self.mllm = core
+        core.visual.config._attn_implementation = lm.config._attn_implementation = PACKED
         width = lm.config.hidden_size
         like: Any = lm.embed_tokens.weight
         tokens_TD = 0.1 * torch.randn(config.num_tokens, width, generator=generator)
@@ -276,30 +280,29 @@ class ReferenceEncoder(nn.Module):
     def prefix(
         self, inputs: ReferenceInputs, image_embeds: Sequence[Tensor] | None = None, cache: DynamicCache | None = None
     ) -> PrefixStates:
-        """Run all layers but the last over the L context tokens.
+        """Run all layers but the last over the L context tokens: those of all samples one after the other, without padding.
 
         `image_embeds`: cached result of `vision` for the images of `inputs`; the vision tower then does not run.
         `cache` takes the keys and values.
         """
         if image_embeds is None:
             image_embeds = self.vision(inputs.pixel_values, inputs.image_grid_thw)
-        lm = self.mllm.language_model
-        embeds_BLD = lm.embed_tokens(inputs.input_ids_BL)
-        packed_ND = torch.cat(list(image_embeds)).to(embeds_BLD)
-        is_image_BL = inputs.mm_token_type_ids_BL == 1
-        if int(is_image_BL.sum()) != len(packed_ND):  # masked_scatter would ignore a surplus silently
+        lm, real_BL = self.mllm.language_model, inputs.mask_BL.bool()
+        embeds_KD = lm.embed_tokens(inputs.input_ids_BL[real_BL])
+        packed_ND = torch.cat(list(image_embeds)).to(embeds_KD)
+        is_image_K = inputs.mm_token_type_ids_BL[real_BL] == 1
+        if int(is_image_K.sum()) != len(packed_ND):  # masked_scatter would ignore a surplus silently
             raise ValueError(
-                f"{int(is_image_BL.sum())} image tokens in the text but {len(packed_ND)} image embeddings; "
+                f"{int(is_image_K.sum())} image tokens in the text but {len(packed_ND)} image embeddings; "
                 "build the batch with ReferenceProcessor.batch under this encoder's config"
             )
-        embeds_BLD = embeds_BLD.masked_scatter(is_image_BL[..., None], packed_ND)
+        embeds_KD = embeds_KD.masked_scatter(is_image_K[:, None], packed_ND)
         positions_3BL = self._positions(inputs)
-        # A causal LLM never looks at padding on the right, so the mask changes no real token; without it an attention
-        # implementation would have to guess.
-        states_BLD = lm(
-            inputs_embeds=embeds_BLD, attention_mask=inputs.mask_BL, position_ids=positions_3BL, past_key_values=cache,
-            use_cache=cache is not None,
+        states_1KD = lm(
+            inputs_embeds=embeds_KD[None], position_ids=positions_3BL[:, None, real_BL], past_key_values=cache,
+            use_cache=cache is not None, cu_seq_lens_q=F.pad(inputs.mask_BL.sum(1).cumsum(0).cpu(), (1, 0)),
         ).last_hidden_state  # fmt: skip
+        states_BLD = states_1KD.new_zeros(*real_BL.shape, states_1KD.shape[-1]).masked_scatter(real_BL[..., None], states_1KD)
         return PrefixStates(states_BLD, inputs.mask_BL, positions_3BL)
 
     def start(self, inputs: ReferenceInputs) -> PrefixStart:
@@ -398,6 +401,41 @@ class ReferenceEncoder(nn.Module):
             if module.inv_freq.dtype != inv_freq.dtype:
                 module.inv_freq = inv_freq.to(module.inv_freq.device)
         return self
+
+
+def attend_packed(
+    module: Any, q_1HKE: Tensor, k_1GKE: Tensor, v_1GKE: Tensor, attention_mask: Tensor | None, scaling: float, dropout: float = 0.0,
+    cu_seq_lens_q: Tensor | None = None, **more: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Attention [1, K, H, E] within samples or images that lie one after the other and begin at `cu_seq_lens_q`; here alone they are
+    padded to the longest. Without flash-attn transformers would go image by image, and pad samples everywhere."""
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(module, q_1HKE, k_1GKE, v_1GKE, attention_mask, dropout, scaling, **more)
+    lengths_N = cu_seq_lens_q.diff()
+    longest = int(lengths_N.max())
+    real_NL = torch.arange(longest, device=lengths_N.device) < lengths_N[:, None]
+    padded, causal = not bool(real_NL.all()), module.is_causal
+    places_K = real_NL.flatten().nonzero()[:, 0].to(q_1HKE.device)
+
+    def rows(x_1HKE: Tensor) -> Tensor:
+        """[N, H, longest, E]."""
+        x_KHE = x_1HKE[0].transpose(0, 1)
+        if padded:
+            x_KHE = x_KHE.new_zeros(real_NL.numel(), *x_KHE.shape[1:]).index_copy(0, places_K, x_KHE)
+        return x_KHE.unflatten(0, real_NL.shape).transpose(1, 2)
+
+    # Padding is on the right, where causal attention never looks.
+    mask_N11L = real_NL[:, None, None].to(q_1HKE.device) if padded and not causal else None
+    out_NHLE = F.scaled_dot_product_attention(
+        rows(q_1HKE), rows(k_1GKE), rows(v_1GKE), mask_N11L, dropout, causal, scale=scaling, enable_gqa=module.num_key_value_groups > 1
+    )
+    out_KHE = out_NHLE.transpose(1, 2).flatten(0, 1)
+    return (out_KHE[places_K] if padded else out_KHE)[None], None
+
+
+PACKED: Final = "flash_by_padding"  # transformers gives all images of a call to an attention with "flash" in its name
+AttentionInterface.register(PACKED, attend_packed)
+AttentionMaskInterface.register(PACKED, sdpa_mask)
 
 
 def _check_model(core: Qwen2VLModel, config: ReferenceConfig) -> None:

@@ -1,8 +1,8 @@
 """`easyref bench train`: images a second of our trainer and of the plain loop of the published recipe, side by side in one run.
 
 The plain loop is method.md §4 and §8 read literally, on the same modules, samples and noise: in each step it decodes the images, runs
-the VAE and both text encoders, the vision tower image by image, and the last layer on all L + T tokens; nothing is kept, and a
-batch is padded to its longest sample. Both train by AdamW, on microbatches of the same size, and come to the same losses.
+the VAE and both text encoders, the vision tower image by image, transformers' MLLM on a batch padded to its longest sample, and the
+last layer on all L + T tokens; nothing is kept. Both train by AdamW, on microbatches of the same size, and come to the same losses.
 
 A pass is one visit of so many samples. Rounds alternate, a pass of ours and one of the plain loop; in the first, nothing is kept yet.
 Samples are drawn as the paper has it: a target is its own reference in the first two stages, no swaps, no mirrors. Times are CPU
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from easyref.config import Params, Stage
 from easyref.data.dataset import TrainingImages
-from easyref.model.reference import PrefixStates, ReferenceEncoder, attention_mask, extend_positions, null_image
+from easyref.model.reference import PrefixStates, ReferenceEncoder, ReferenceInputs, attention_mask, extend_positions, null_image
 from easyref.progress import machine, track, use_threads
 from easyref.records import write_json
 from easyref.training import stages
@@ -139,7 +139,7 @@ class Way:
         with torch.set_grad_enabled(not self.frozen):
             patches = inputs.pixel_values.split(inputs.image_grid_thw.prod(-1).tolist())
             vision = [m.encoder.vision(p, grid[None])[0] for p, grid in zip(patches, inputs.image_grid_thw, strict=True)]
-            prefix = m.encoder.prefix(inputs, vision)
+            prefix = padded_prefix(m.encoder, inputs, vision)
         tokens_BTX = whole_last_layer(m.encoder, prefix)
         height, width = x_B3HW.shape[2:]
         time_ids_B6 = torch.tensor([[height, width, 0, 0, height, width]] * len(samples), dtype=torch.float32)
@@ -149,6 +149,18 @@ class Way:
 
     def image(self, item: int) -> Any:
         return null_image() if item == NULL else self.stream.inputs.image(item, 0)
+
+
+def padded_prefix(encoder: ReferenceEncoder, inputs: ReferenceInputs, vision: Sequence[Tensor]) -> PrefixStates:
+    """The prefix by transformers' own call, with a mask over the padding."""
+    lm: Any = encoder.mllm.language_model
+    is_image_BL1 = (inputs.mm_token_type_ids_BL == 1)[..., None]
+    embeds_BLD = lm.embed_tokens(inputs.input_ids_BL).masked_scatter(is_image_BL1, torch.cat(list(vision)))
+    positions_3BL, _ = encoder.mllm.get_rope_index(
+        inputs.input_ids_BL, inputs.mm_token_type_ids_BL, image_grid_thw=inputs.image_grid_thw, attention_mask=inputs.mask_BL
+    )
+    states_BLD = lm(inputs_embeds=embeds_BLD, attention_mask=inputs.mask_BL, position_ids=positions_3BL, use_cache=False)
+    return PrefixStates(states_BLD.last_hidden_state, inputs.mask_BL, positions_3BL)
 
 
 def whole_last_layer(encoder: ReferenceEncoder, prefix: PrefixStates) -> Tensor:
