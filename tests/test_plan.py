@@ -5,6 +5,7 @@ import socket
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from easyref.model import shapes
 from easyref.training import stages
 from easyref.training.inputs import Seen
 from easyref.training.models import load_models
+from easyref.training.trainer import share
 
 torch.set_num_threads(1)
 
@@ -71,7 +73,7 @@ def test_a_real_microbatch_costs_what_is_planned(name: str, options: dict, nano:
     models.recompute(p.recompute)
     trained, _ = models.trainable(trains, p.new_part_rate)
     inputs = stages.Inputs(models, images, frozen)
-    prompts = ["a", "b", "c", "d e"]  # all different, so that no cache spares work; of two lengths, so that the batch is padded
+    prompts = ["a", "b", "c", "d"]  # all different, so that no cache spares work; as long as planned, as what is shorter costs less
     samples = [
         stages.Sample(i, tuple(p.max_references * i + k for k in range(p.max_references)), prompt) for i, prompt in enumerate(prompts)
     ]
@@ -146,8 +148,28 @@ def test_report_has_every_stage_and_fits_the_screen(nano: Params, planned, monke
     assert last["memory"] == last["weights"] + last["optimizer"] + last["activations"]
     drawing = planned[1]["base"][-1]
     assert replace(drawing, encode=10**12).memory == drawing.weights + drawing.optimizer + 10**12
+    text = plan.report(nano, BASE, 0.1, False, 4)
+    assert max(map(len, text.splitlines())) <= 140 and "each of 4 devices" in text and "FSDP2" in text
     with pytest.raises(ValueError, match="--tflops 0"):
         plan.report(nano, BASE, 0.0, False)
+
+
+@pytest.mark.parametrize("processes", [3, 4])
+def test_processes_share_the_images_and_what_trains(processes: int, nano: Params, planned) -> None:
+    """Batch 8 in microbatches of 4: by the trainer's own shares; under FSDP2 by the bytes of a parameter."""
+    alone = planned[1]["finetune_single"][0]
+    row = plan.stage_row(nano, "finetune_single", partial(plan.easyref_models, nano, BASE), processes)
+    ranks = [share(range(8), 4, SimpleNamespace(world=processes, rank=rank)) for rank in range(processes)]  # type: ignore[arg-type]
+    most = max(sum(len(numbers) for numbers, _ in parts) for parts in ranks)
+    assert row.microbatch == most and row.seconds(1e9) == pytest.approx(alone.seconds(1e9) * most / 8)
+    assert row.weights + row.optimizer == alone.weights + alone.optimizer and row.activations < alone.activations
+    each = 4 + 4 + 4 + 8  # bytes: weight, gradient, average, two moments
+    expected = row.weights - 4 * row.trained + each * row.trained // processes + 4 * row.trained
+    assert row.memory_sharded == expected + max(row.activations, row.encode)
+
+    nano = parse_params(nano.model_dump() | {"finetune_single": nano.finetune_single.model_dump() | {"microbatch": 1}})
+    several = plan.stage_row(nano, "finetune_single", partial(plan.easyref_models, nano, BASE), processes)
+    assert several.sharded == expected + 4 * row.trained, "gradients add up over microbatches"
 
 
 def test_meter_counts_what_arithmetic_says() -> None:

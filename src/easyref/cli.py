@@ -694,6 +694,7 @@ def trace(model: Annotated[str, typer.Argument(help="models:/easyref@champion or
 def plan(
     params: ParamsFile = PARAMS,
     tflops: Annotated[float | None, typer.Option(help="Times for a device of so many TFLOP/s, not for the one here.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="That train together, each on a device of its own.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Plain numbers: parameters, bytes, FLOP, seconds.")] = False,
 ) -> None:
     """What the stages would train, in how much memory and about what time; needs neither weights nor network."""
@@ -702,7 +703,7 @@ def plan(
     values = load_params(params)
     from easyref.plan import report
 
-    print(report(values, MODELS / "base", tflops, as_json))
+    print(report(values, MODELS / "base", tflops, as_json, processes))
 
 
 @app.command()

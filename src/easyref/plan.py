@@ -4,7 +4,7 @@ Every model is built by the code of a real run, but on torch's meta device: shap
 chooses the trained tensors, and one microbatch is measured forward and backward (meter.py); so a frozen part that only passes gradients
 on costs here what it costs there.
 
-Units: parameters, bytes, FLOP (a multiply-add is two), seconds; on one device.
+Units: parameters, bytes, FLOP (a multiply-add is two), seconds; on the device of each process.
 Letters: B batch · L tokens of the MLLM · D its width · T reference tokens · W packed keys and values · C,h,w latents.
 """
 
@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,7 @@ from easyref.training.loss import diffusion_loss, encode_batch, encode_text, to_
 from easyref.training.models import CHECKPOINT, DTYPES, Models, fresh_easyref
 from easyref.training.stages import STAGES, parts, trains_mllm
 
+P = TypeVar("P", bound=Optimisation)
 META = torch.device("meta")
 EFFICIENCY = 0.5  # share of a matrix product's speed that a training reaches: 0.51 to 0.54 in the nano stages on one CPU core
 CHAT_TOKENS, TOKENS_A_REFERENCE = 20, 2  # of the chat form: around the message, around each image
@@ -61,33 +62,46 @@ class Row:
     activations: int  # bytes: the most that forward and backward of one microbatch hold besides
     encode: int  # bytes: the most that encoding images to latents holds, before the activations
     flop: float  # of one image
+    processes: int = 1  # that share an update
+    sharded: int = 0  # bytes of weights and optimizer on each under FSDP2
 
     @property
     def memory(self) -> int:
         return self.weights + self.optimizer + max(self.activations, self.encode)
 
+    @property
+    def memory_sharded(self) -> int:
+        return self.sharded + max(self.activations, self.encode)
+
     def seconds(self, rate: float) -> float:
-        """On a device with `rate` FLOP/s of large matrix products."""
-        return self.images * self.flop / (rate * EFFICIENCY)
+        """On devices with `rate` FLOP/s of large matrix products."""
+        share = min(self.batch, _rounds(self.batch, self.microbatch, self.processes) * self.microbatch) / self.batch
+        return self.images * share * self.flop / (rate * EFFICIENCY)
 
 
-def plan(params: Params, folder: Path) -> tuple[dict[str, int], dict[str, list[Row]]]:
-    """Parameters of the base models, and all stages in order with what they train or make. `folder`: models/base."""
+def _rounds(batch: int, microbatch: int, processes: int) -> int:
+    """Microbatches of each process in an update, as `trainer.share` deals them out."""
+    return -(-batch // (microbatch * processes))
+
+
+def plan(params: Params, folder: Path, processes: int = 1) -> tuple[dict[str, int], dict[str, list[Row]]]:
+    """Parameters of the base models, and all stages in order with what they train or make. `folder`: models/base. `processes`: that
+    train the three stages together."""
     sizes = {name: _count([model]) for name, model in base_models(params, folder).items()}
     stages: dict[str, list[Row]] = {"ingest": [], "embed": [], "group": [], "split": [], "base": base_rows(params, folder)}
-    stages |= training_rows(params, folder, tuple(STAGES))
+    stages |= training_rows(params, folder, tuple(STAGES), processes)
     drawn = evaluate_row(params, easyref_models(params, folder, None, "fp32"))
     more = len(COMPARISON.methods) - len(CONDITIONS) - 1  # `mrbench` finds those of `evaluate`, and a copy is not drawn
     baselines = replace(drawn, name="mrbench, without tuning", images=drawn.images // len(CONDITIONS) * more)
     return sizes, stages | {"evaluate": [drawn], "mrbench": [baselines], "report": []}
 
 
-def training_rows(params: Params, folder: Path, names: Sequence[str]) -> dict[str, list[Row]]:
+def training_rows(params: Params, folder: Path, names: Sequence[str], processes: int = 1) -> dict[str, list[Row]]:
     """Of the stages `names` among the three."""
     models = cache(partial(easyref_models, params, folder))  # LoRA of the full rank takes seconds to put in
-    rows = {name: [stage_row(params, name, models)] for name in names}
+    rows = {name: [stage_row(params, name, models, processes)] for name in names}
     if params.align and "pretrain" in rows:
-        rows["pretrain"].insert(0, align_row(params, params.align, models))
+        rows["pretrain"].insert(0, align_row(params, params.align, models, processes))
     return rows
 
 
@@ -191,7 +205,8 @@ def _caption_loss(params: Params, m: dict[str, Any], p: Captioning) -> Tensor:
     several, losses = round(p.microbatch * p.several_images), []
     for batch, images in ((p.microbatch - several, 1), (several, p.max_images)):
         if batch:
-            states_BLD = _mllm_states(params, m["mllm"].model, batch, images, m["text_encoder"].config.max_position_embeddings)
+            prompt = m["text_encoder"].config.max_position_embeddings
+            states_BLD = _mllm_states(params, m["mllm"].model, batch, images, prompt, masked=batch > 1)  # a batch has padding
             labels_N = torch.empty(states_BLD.shape[:2], dtype=torch.int64, device=META).flatten()
             losses.append(F.cross_entropy(m["mllm"].lm_head(states_BLD).flatten(0, 1).float(), labels_N))
     return torch.stack(losses).sum()
@@ -203,9 +218,9 @@ def _image_loss(params: Params, m: dict[str, Any], p: TextToImage) -> Tensor:
     return diffusion_loss(m["unet"], base.noise_schedule(), latents_BChw, text_BLX, added, 0, range(p.microbatch), p.min_snr)
 
 
-def stage_row(params: Params, name: str, make: Callable[..., Models]) -> Row:
+def stage_row(params: Params, name: str, make: Callable[..., Models], processes: int = 1) -> Row:
     """One of the three stages, with the most references in every sample; what a run caches is computed once an image."""
-    p = getattr(params, name)
+    p = _of_each(getattr(params, name), processes)
     trains = parts(name, p)
     frozen = not trains_mllm(params, name, STAGES[name].starts_from is not None)
     models = make(p.lora_rank or None, p.precision, frozen, tuple(p.recompute))
@@ -218,12 +233,12 @@ def stage_row(params: Params, name: str, make: Callable[..., Models]) -> Row:
         latents_BChw = _latents(params, models.vae, p.microbatch)
         return diffusion_loss(models.unet, models.scheduler, latents_BChw, text_BLX, conditions, 0, range(p.microbatch), p.min_snr)
 
-    return _row(params, name, p, _modules(models), trained.values(), loss, p.max_references, p.precision, models.vae, 1)
+    return _row(params, name, p, _modules(models), trained.values(), loss, p.max_references, p.precision, models.vae, 1, processes)
 
 
-def align_row(params: Params, p: Align, make: Callable[..., Models]) -> Row:
+def align_row(params: Params, p: Align, make: Callable[..., Models], processes: int = 1) -> Row:
     """The warm start of the pretraining, on its models; text states and latents are computed once a caption and once an image."""
-    stage = params.pretrain
+    stage, p = params.pretrain, _of_each(p, processes)
     models = make(stage.lora_rank or None, stage.precision, False, tuple(stage.recompute))
     trained, _ = models.trainable(PARTS)
     with META:
@@ -235,7 +250,12 @@ def align_row(params: Params, p: Align, make: Callable[..., Models]) -> Row:
         return tokens_BTX.square().mean() + readout(tokens_BTX).square().mean()
 
     modules, parameters = [*_modules(models), readout], [*trained.values(), *readout.parameters()]
-    return _row(params, "pretrain: align", p, modules, parameters, loss, p.max_references, stage.precision, models.vae, 1)
+    return _row(params, "pretrain: align", p, modules, parameters, loss, p.max_references, stage.precision, models.vae, 1, processes)
+
+
+def _of_each(p: P, processes: int) -> P:
+    """An update's images are shared out (`trainer.share`); what each process has at once is no more than its part."""
+    return p.model_copy(update={"microbatch": min(p.microbatch, -(-p.batch // processes))})
 
 
 def evaluate_row(params: Params, models: Models) -> Row:
@@ -263,7 +283,7 @@ def evaluate_row(params: Params, models: Models) -> Row:
 
 def _row(
     params: Params, name: str, p: Optimisation, modules: Sequence[nn.Module], trained: Iterable[nn.Parameter],
-    loss: Callable[[], Tensor], references: int, precision: str, vae: Any | None, encoded: int,
+    loss: Callable[[], Tensor], references: int, precision: str, vae: Any | None, encoded: int, processes: int = 1,
 ) -> Row:  # fmt: skip
     """Measure one microbatch of a training of `trained` while `modules` are in memory; `vae` first encodes so many images at once."""
     parameters, encode = list(trained), 0
@@ -277,12 +297,16 @@ def _row(
     moments = 2 if p.optimizer == "adamw" else 2 / 4  # of 8 bits instead of 32
     averages = (p.ema_images > 0) + (len(WIDTHS) if isinstance(p, Stage) and p.snapshot_images else 0)
     copies = 1 + moments + averages  # gradient, moments, weight averages: each in the dtype of its weight
-    count = sum(w.numel() for w in parameters)
-    optimizer = round(copies * sum(w.nbytes for w in parameters))
+    count, size = sum(w.numel() for w in parameters), sum(w.nbytes for w in parameters)
+    weights, optimizer = _bytes(modules), round(copies * size)
+    # As the paper's ZeRO-2: a share of all that trains, and for both passes the weights whole, in the precision they run in; gradients,
+    # too, that add up over microbatches before they are shared out.
+    several = _rounds(p.batch, p.microbatch, processes) > 1
+    sharded = weights - size + (size + optimizer) // processes + count * DTYPES[precision].itemsize + several * size
     return Row(
         name=name, images=p.images, batch=p.batch, microbatch=p.microbatch, references=references, precision=precision,
-        trained=count, frozen=_count(modules) - count, weights=_bytes(modules), optimizer=optimizer,
-        activations=cost.peak, encode=encode, flop=cost.flop / p.microbatch,
+        trained=count, frozen=_count(modules) - count, weights=weights, optimizer=optimizer,
+        activations=cost.peak, encode=encode, flop=cost.flop / p.microbatch, processes=processes, sharded=sharded,
     )  # fmt: skip
 
 
@@ -323,7 +347,7 @@ def _prefix(params: Params, models: Models, batch: int, references: int) -> Pref
     return PrefixStates(states_BLD, mask_BL, mask_BL.expand(3, -1, -1))
 
 
-def _mllm_states(params: Params, core: Any, batch: int, references: int, prompt_tokens: int) -> Tensor:
+def _mllm_states(params: Params, core: Any, batch: int, references: int, prompt_tokens: int, masked: bool = False) -> Tensor:
     """States [B, L, D] of the MLLM's layers in `core`: `ReferenceEncoder.prefix` without what looks at values, which meta tensors
     do not have. References are square."""
     r, vision, lm = params.reference, core.config.vision_config, core.language_model
@@ -339,7 +363,7 @@ def _mllm_states(params: Params, core: Any, batch: int, references: int, prompt_
     text_BLD = lm.embed_tokens(torch.zeros(batch, text, dtype=torch.int64, device=META))
     embeds_BLD = torch.cat([torch.cat(list(images)).to(text_BLD).unflatten(0, (batch, -1)), text_BLD], dim=1)
     length = embeds_BLD.shape[1]
-    mask_B1LL = torch.ones(batch, 1, length, length, dtype=torch.bool, device=META) if batch > 1 else None  # a batch has padding
+    mask_B1LL = torch.ones(batch, 1, length, length, dtype=torch.bool, device=META) if masked else None
     positions_3BL = torch.zeros(3, batch, length, dtype=torch.int64, device=META)
     return lm(inputs_embeds=embeds_BLD, attention_mask=mask_B1LL, position_ids=positions_3BL, use_cache=False).last_hidden_state
 
@@ -364,6 +388,9 @@ def _bytes(modules: Sequence[nn.Module]) -> int:
 # -- output ------------------------------------------------------------------------------------------------------------
 
 HEAD = ("", "images", "batch", "refs", "trained", "frozen", "weights", "optimizer", "activations", "memory", "FLOP/image", "time")
+SHARDED = """
+of each process: batch at once, memory with a copy of the model (DDP); sharded: memory with a share of what trains, its weights kept
+between both passes (FSDP2, --fsdp_reshard_after_forward false); without buffers of the exchange · time: without the exchange"""
 FOOT = """\
 batch: images an update / at once in memory · refs: references of a sample, at most; memory and time take that many
 optimizer: gradients, moments, weight average · activations: the most that one forward and backward hold besides
@@ -371,45 +398,55 @@ memory: the three together, or (*) weights and the VAE while it encodes the imag
 without workspaces, fragmentation, validation · time: about; without validation, data and the VAE's encoding"""
 
 
-def report(params: Params, folder: Path, tflops: float | None, as_json: bool) -> str:
+def report(params: Params, folder: Path, tflops: float | None, as_json: bool, processes: int = 1) -> str:
     """The plan as a table of 120 columns or as JSON; times are for a device of `tflops` TFLOP/s, None: for the one at hand."""
     if tflops is not None and tflops <= 0:
         raise ValueError(f"--tflops {tflops:g}: give the TFLOP/s that a large matrix product reaches on the device, above 0")
     device = "given" if tflops else "cuda" if torch.cuda.is_available() else "cpu"
     use_threads(params.threads)
-    sizes, stages = plan(params, folder)
+    sizes, stages = plan(params, folder, processes)
     precisions = sorted({row.precision for rows in stages.values() for row in rows})
     rates = {name: tflops * 1e12 if tflops else matmul_rate(torch.device(device), DTYPES[name]) for name in precisions}
     if as_json:
-        values = {n: [asdict(r) | {"memory": r.memory, "seconds": r.seconds(rates[r.precision])} for r in s] for n, s in stages.items()}
+        values = {n: [_values(row, rates[row.precision]) for row in rows] for n, rows in stages.items()}
         head = {"preset": params.preset, "device": device, "flop_per_second": rates, "efficiency": EFFICIENCY, "base_models": sizes}
         return json.dumps(head | {"stages": values}, indent=2)
     speeds = ", ".join(f"{_short(rate)}FLOP/s in {name}" for name, rate in rates.items())
+    devices = "one device" if processes == 1 else f"each of {processes} devices"
     lines = [
         f"preset {params.preset}, {params.ingest.size} px · parameters: "
         + ", ".join(f"{n} {_short(c).strip()}" for n, c in sizes.items()),
-        f"one device ({device}): {speeds} as a matrix product, of which a training reaches about {EFFICIENCY:.0%}",
+        f"{devices} ({device}): {speeds} as a matrix product, of which a training reaches about {EFFICIENCY:.0%}",
     ]
     if params.base.source == "hub":
         ids = {str(params.base.diffusion_id), str(params.base.mllm_id)} - shapes.DIFFUSION.keys() - shapes.MLLM.keys()
         lines += [f"{name}: shapes from {folder}" for name in sorted(ids)]
         if device == "cpu":
             lines += ["no CUDA device here, so times are those of this CPU; --tflops X plans for another device"]
-    table: list[tuple[str, ...]] = [HEAD]
+    sharded = processes > 1
+    head = (*HEAD[:-2], "sharded", HEAD[-1]) if sharded else HEAD
+    table: list[tuple[str, ...]] = [head]
     for name, rows in stages.items():
-        table += [_cells(row, rates[row.precision]) for row in rows] or [
+        table += [_cells(row, rates[row.precision], sharded) for row in rows] or [
             (name, "from the hub" if name == "base" else "frozen extractors" if name == "embed" else "no model")
         ]
-    widths = [max(len(cells[i]) for cells in table if i < len(cells) and (len(cells) == len(HEAD) or not i)) for i in range(len(HEAD))]
+    widths = [max(len(cells[i]) for cells in table if i < len(cells) and (len(cells) == len(head) or not i)) for i in range(len(head))]
     aligned = [[c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=False))] for cells in table]
-    return "\n".join([*lines, "", *(" ".join(cells).rstrip() for cells in aligned), "", FOOT])
+    return "\n".join([*lines, "", *(" ".join(cells).rstrip() for cells in aligned), "", FOOT + SHARDED * sharded])
 
 
-def _cells(r: Row, rate: float) -> tuple[str, ...]:
+def _values(r: Row, rate: float) -> dict[str, Any]:
+    more = {"memory_sharded": r.memory_sharded} if r.processes > 1 else {}
+    return asdict(r) | {"memory": r.memory, "seconds": r.seconds(rate)} | more
+
+
+def _cells(r: Row, rate: float, sharded: bool) -> tuple[str, ...]:
     weights, optimizer, activations, memory = (f"{n / 2**30:.2f} GiB" for n in (r.weights, r.optimizer, r.activations, r.memory))
     star = "*" if r.encode > r.optimizer + r.activations else ""
     counts = (_short(r.images), f"{r.batch}/{r.microbatch}", str(r.references or "-"), _short(r.trained), _short(r.frozen))
-    return (r.name, *counts, weights, optimizer, activations, star + memory, _short(r.flop), duration(r.seconds(rate)))
+    share = f"{r.memory_sharded / 2**30:.2f} GiB" if r.processes > 1 else "-"  # not all stages train together
+    cost = share if sharded else _short(r.flop)
+    return (r.name, *counts, weights, optimizer, activations, star + memory, cost, duration(r.seconds(rate)))
 
 
 def _short(number: float) -> str:
