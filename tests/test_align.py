@@ -101,6 +101,23 @@ def test_tokens_become_the_text_states_of_their_own_images_caption(params: Param
     assert all(torch.equal(tensor, aligned[name]) for name, tensor in again.named_parameters().items())
 
 
+def test_the_null_reference_holds_no_latents(params: Params, tmp_path: Path) -> None:
+    """Trained on nothing else, it moves towards the empty caption, and the map to latents stays as it starts: their mean."""
+    small_data(tmp_path / "data", params, every=160)
+    values = params.model_dump() | {"align": {**params.align.model_dump(), "images": 16, "save_images": 16, "cooldown_images": 0}}  # type: ignore[union-attr]
+    values["align"] |= {"drop_image": 1.0, "drop_text": 0.0, "drop_both": 0.0}
+    models = load_models(params, Path("models"), None, "fp32")
+    images = TrainingImages(tmp_path / "data")
+    inputs = Inputs(models, images, False)
+    before = models.encoder.reference_tokens.detach().clone()
+    align(parse_params(values), inputs, inputs, tmp_path / "align.safetensors")
+    assert not torch.equal(models.encoder.reference_tokens, before)
+    kept = load_file(tmp_path / "align.safetensors")
+    assert not kept["weights/readout.map.weight"].any()
+    latents = inputs.latents([Sample(i, (i,), "") for i in range(len(images.labels))])
+    torch.testing.assert_close(kept["weights/readout.mean"], dealt(latents.mean(0, keepdim=True), 16)[0], rtol=0, atol=1e-5)
+
+
 def test_latents_are_dealt_out_patch_by_patch() -> None:
     latents_BChw = torch.arange(2 * 3 * 4 * 8.0).view(2, 3, 4, 8)
     parts_BTE = dealt(latents_BChw, 8)

@@ -78,6 +78,17 @@ def test_samples_have_the_shares_of_their_parameters(params: Params, images: Tra
             assert any({sample.target, *sample.references} <= set(members) for _, members in images.groups)
 
 
+def test_some_samples_keep_two_of_their_references_or_more(params: Params, images: TrainingImages) -> None:
+    p = params.finetune_multi.model_copy(update={"group_share": 1.0, "drop_image": 0.0, "drop_both": 0.0})
+    whole, cut = (
+        [Sampler(images, p.model_copy(update={"truncate": share}), 0, "test")(n).references for n in NUMBERS] for share in (0.0, 0.4)
+    )
+    assert all(few == all_of_it[: max(2, len(few))] for all_of_it, few in zip(whole, cut, strict=True))
+    shorter = [len(few) < len(all_of_it) for all_of_it, few in zip(whole, cut, strict=True) if len(all_of_it) > 2]
+    assert sum(shorter) / len(shorter) == pytest.approx(0.4, abs=0.05)
+    assert {len(few) for all_of_it, few in zip(whole, cut, strict=True) if len(all_of_it) == 4} == {2, 3, 4}
+
+
 def test_target_and_references_are_seen_in_the_same_view(params: Params, images: TrainingImages) -> None:
     """Against pixels permuted and turned by numpy, the VAE and the vision tower called by hand."""
     models = load_models(params, Path("models"), None, "fp32")

@@ -19,7 +19,7 @@ from easyref.model.weights import CheckpointConfig
 from easyref.seeds import Order, torch_rng
 from easyref.training import status, trainer
 from easyref.training.ema import Averages
-from easyref.training.state import load_state, remove_state
+from easyref.training.state import load_state, remove_state, save_state
 from easyref.training.trainer import Task, Watcher, learning_rate, train
 from tests.model.conftest import reference_config
 from tests.processes import exit_code, start
@@ -225,6 +225,19 @@ def train_on_a_full_disk(state: Path, most: int) -> None:
         RuntimeError, match=r"state\.safetensors: the state at image 48 could not be saved \(.*\); the one before is kept"
     ):
         train(task(), Optimisation(**PARAMS), state)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux")
+def test_a_state_is_mapped_so_that_the_processes_of_a_machine_hold_it_once(tmp_path: Path) -> None:
+    def own_mib() -> float:
+        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+        return int(line.split()[1]) / 1024
+
+    save_state(tmp_path / "run.safetensors", {"weights/w": torch.ones(2**24)}, {"seen": 8})
+    before = own_mib()
+    found = load_state(tmp_path / "run.safetensors")
+    assert found and found[0]["weights/w"].sum() == 2**24
+    assert own_mib() - before < 16, "of 64"
 
 
 def test_a_full_disk_is_one_clear_line_and_keeps_the_last_state(tmp_path: Path) -> None:

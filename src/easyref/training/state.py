@@ -46,7 +46,8 @@ def _earlier(path: Path) -> list[Path]:
 
 
 def load_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-    """The state at `path`, else the newest of those before it that can be read; None if there is none.
+    """The state at `path`, else the newest of those before it that can be read; None if there is none. Its tensors are mapped, not
+    read: all processes of a machine hold the file once, and each only pages that it asks for.
 
     Raises:
         ValueError: there are states, and none can be read.
