@@ -8,6 +8,7 @@ import polars as pl
 import pytest
 
 from easyref.config import load_params
+from easyref.data import split
 from easyref.data.captions import SHARED
 from easyref.data.group import label_groups
 from easyref.data.shards import ImageStore
@@ -40,7 +41,7 @@ def test_no_near_duplicate_leaks_into_training(tables) -> None:
     side = dict(split["images"].iter_rows())
     training = [s for s, name in side.items() if name == "train"]
     evaluated = [s for s, name in side.items() if name == "held_out"] + split["samples"].filter(split="held_in")["target"].to_list()
-    a, b = thumbnails(store, evaluated), thumbnails(store, training)
+    a, b = (thumbnails(store, names).reshape(len(names), -1).astype(np.float32) for names in (evaluated, training))
     index = faiss.IndexFlatL2(a.shape[1])  # independent of near_pairs
     index.add(b)
     closest = np.sqrt(index.search(a, 1)[0] / a.shape[1])
@@ -80,11 +81,19 @@ def test_split_is_the_same_for_the_same_seed_and_another_for_another(tables) -> 
     assert not other["images"].sort("sha256").equals(split["images"].sort("sha256"))
 
 
-def test_near_pairs_against_explicit_distances() -> None:
+def test_near_pairs_against_explicit_distances(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of neighbours on a line of pictures that drift apart; two differ by exactly the distance, in a single channel."""
+    monkeypatch.setattr(split, "CANDIDATES", 7)
     rng = np.random.default_rng(0)
-    a = rng.integers(0, 255, (40, 768)).astype(np.float32)
-    b = np.concatenate([a[:5] + 1, rng.integers(0, 255, (30, 768)).astype(np.float32)])
-    assert near_pairs(a, b, 2.0, chunk=7) == [(i, i) for i in range(5)]
+    drift = rng.integers(40, 200, (16, 16, 3)) + np.cumsum(rng.integers(-2, 3, (60, 16, 16, 3)), 0)
+    edge = np.full((2, 16, 16, 3), 9)
+    edge[1, ..., 0] += 4
+    images = np.concatenate([drift, edge]).astype(np.uint8)
+    distance = 4 / 3**0.5
+    far = np.sqrt(((images[:, None].astype(float) - images[None]) ** 2).mean((2, 3, 4)))
+    expected = np.argwhere(np.triu(far <= distance + 1e-9, 1)).tolist()
+    assert 60 < len(expected) < 900 and [60, 61] in expected
+    assert [list(pair) for pair in near_pairs(images, distance + 1e-9)] == expected
 
 
 def test_every_image_has_a_licence_and_a_caption() -> None:

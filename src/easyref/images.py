@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -99,6 +99,16 @@ def _header(data: bytes, name: str, limits: Limits) -> Image.Image:
         if frames > limits.max_frames:
             raise ImageError(f"{name}: {frames} frames, at most {limits.max_frames}; give a still image", "frames")
     return image
+
+
+def turned_box(box: Sequence[float], orientation: int, width: int, height: int) -> tuple[float, float, float, float]:
+    """Where left, top, right, bottom of a file of `width` × `height` pixels are when it is turned as its EXIF orientation says."""
+    left, top, right, bottom = box
+    if orientation in (2, 3, 7, 8):
+        left, right = width - right, width - left
+    if orientation in (3, 4, 6, 7):
+        top, bottom = height - bottom, height - top
+    return (top, left, bottom, right) if orientation in (5, 6, 7, 8) else (left, top, right, bottom)
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:

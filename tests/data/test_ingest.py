@@ -18,15 +18,17 @@ import polars as pl
 import pytest
 import torch
 import yaml
-from PIL import Image, ImageCms, PngImagePlugin
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 from typer.testing import CliRunner
 
 from easyref.cli import app
 from easyref.config import Ingest, Params, Score, load_params
 from easyref.data import check, ingest
+from easyref.data.check import Checked
 from easyref.data.dataset import TrainingImages
 from easyref.data.group import label_groups
 from easyref.data.shards import ImageStore
+from easyref.data.sources import Found
 from easyref.data.split import split_images
 from easyref.images import Reason
 from easyref.records import read_table, write_table
@@ -416,7 +418,8 @@ def test_faces_of_the_upstream_json_reach_the_training(tmp_path: Path, monkeypat
             entries.append(entry | ({"face": face} if i else {}))
     (tmp_path / "turned.jpg").write_bytes(encoded(picture(990, 64, 80), "JPEG", exif=exif(6)))
     (tmp_path / "outside.png").write_bytes(encoded(picture(991, 80, 64)))
-    entries += [{"target": name, "text": "", "face": [[90, 10, 99, 30]]} for name in ("turned.jpg", "outside.png")]
+    boxes = {"turned.jpg": [20, 10, 30, 30], "outside.png": [90, 10, 99, 30]}
+    entries += [{"target": name, "text": "", "face": [box]} for name, box in boxes.items()]
     (tmp_path / "data.json").write_text(json.dumps(entries))
     values = yaml.safe_load(Path("presets/nano.yaml").read_text())
     values["ingest"] |= {"source": "upstream", "path": "data.json", "size": SIZE}
@@ -433,12 +436,27 @@ def test_faces_of_the_upstream_json_reach_the_training(tmp_path: Path, monkeypat
     images = TrainingImages(Path("data"))
     for i, label in enumerate(images.labels):
         name = label["source"]
-        if name == "turned.jpg" or name[2] == "0":
-            assert i not in images.faces  # none given, or of an image that was turned
+        if name == "turned.jpg":
+            assert images.faces[i] == ((80 - 30) / 2, 10, (80 - 10) / 2, 15)
+        elif name[2] == "0":
+            assert i not in images.faces  # none given
         else:
             left = 10 + int(name[0])
             assert images.faces[i] == (round(left / 2), 10, round((left + 20.6) / 2), 22)
     assert len(images.faces) > 12
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_a_face_turns_with_its_image(tmp_path: Path, orientation: int) -> None:
+    """As pillow turns a picture that is black but for the face; 0 and 9 mean nothing."""
+    box, size = (50, 70, 90, 150), (120, 200)
+    image = Image.new("RGB", size)
+    image.paste("white", box)
+    (tmp_path / "a.png").write_bytes(encoded(image, exif=exif(orientation)))
+    turned = ImageOps.exif_transpose(Image.open(tmp_path / "a.png"))
+    found = Found("a.png", str(tmp_path / "a.png"), face=box)
+    done = check.check(found, 120, load_params("presets/nano.yaml").ingest.limits)
+    assert isinstance(done, Checked) and tuple(done.face or ()) == turned.getbbox() and (done.width, done.height) == turned.size
 
 
 @pytest.mark.parametrize("kind", ["single_label_classification", "multi_label_classification", "regression"])

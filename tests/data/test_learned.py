@@ -52,7 +52,7 @@ def test_similar_pairs_are_those_of_brute_force(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(neighbours, "CELLS", 2)
     vectors, most, threshold = clustered(1500).astype(np.float16), 10, 0.5
     cells = make_cells(stored(vectors, tmp_path), tmp_path)
-    assert sorted(cells.read("which").tolist()) == list(range(1500)) and len(cells) == 5
+    assert sorted(cells.read("which").tolist()) == list(range(1500)) and 4 <= len(cells) <= 6
     one, other, cosine = similar_pairs(cells, threshold, most, two_workers("local"))
     similar = vectors.astype(np.float32) @ vectors.astype(np.float32).T
     np.fill_diagonal(similar, -2)
@@ -69,7 +69,7 @@ def test_most_pairs_are_found_where_cells_are_many(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(neighbours, "PROBES", 2)  # .97 if only one of two may see the other
     vectors, truth = plant(16000, tmp_path / "vectors.npy")
     cells = make_cells(vectors, tmp_path)
-    assert len(cells) == 125
+    assert 110 < len(cells) < 140
     one, other, _ = similar_pairs(cells, 0.5, 16)
     found = set(zip(one.tolist(), other.tolist(), strict=True))
     planted = [(a, b) for g in truth for i, a in enumerate(sorted(g)) for b in sorted(g)[i + 1 :]]

@@ -14,7 +14,7 @@ from PIL import Image
 
 from easyref.config import IngestLimits
 from easyref.data.sources import Found
-from easyref.images import ImageError, Limits, Reason, file_suffix, open_image, to_png
+from easyref.images import ImageError, Limits, Reason, file_suffix, open_image, to_png, turned_box
 from easyref.records import sha256_bytes
 
 LOSSY = ("JPEG", "WEBP")
@@ -31,7 +31,7 @@ class Checked:
     original: str  # sha256 of the bytes as they came
     look: bytes  # 64-bit difference hash
     thumbnail: bytes  # RGB, 16×16
-    face: list[int] | None = None  # left, top, right, bottom in pixels, where the source gives it and EXIF turns nothing
+    face: list[int] | None = None  # left, top, right, bottom in pixels, where the source gives it
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ def check(found: Found, size: int, limits: IngestLimits) -> Checked | Rejected:
         image = open_image(data, found.name, image_limits(limits))
         with Image.open(io.BytesIO(data)) as raw:
             kept = raw.mode == "RGB" and min(raw.size) == size and raw.size == image.size and raw.info.get("icc_profile") is None
-            turned = raw.getexif().get(0x0112, 1) != 1
-            kept = kept and not turned and getattr(raw, "n_frames", 1) == 1
+            orientation = raw.getexif().get(0x0112, 1)
+            kept = kept and orientation == 1 and getattr(raw, "n_frames", 1) == 1
             kind = raw.format or ""
         scale = size / min(image.size)
         if scale != 1:
@@ -60,8 +60,9 @@ def check(found: Found, size: int, limits: IngestLimits) -> Checked | Rejected:
     except MemoryError:
         return Rejected("crash", f"{found.name}: more memory than memory_mib {limits.memory_mib}; shrink it")
     face = None
-    if found.face and not turned:
-        face = [min(max(0, round(at * scale)), most) for at, most in zip(found.face, image.size * 2, strict=True)]
+    if found.face:
+        box = turned_box(found.face, orientation, *raw.size)
+        face = [min(max(0, round(at * scale)), most) for at, most in zip(box, image.size * 2, strict=True)]
         if face[0] >= face[2] or face[1] >= face[3]:
             return Rejected("record", f"{found.name}: its face {found.face} is not inside of it; correct it, or leave it out")
     gray = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)

@@ -107,12 +107,12 @@ def _ingest_heap(p: Ingest, out: Path, work: Path) -> dict[str, int]:
             seen.add(read_table(part / "images.parquet"))
     rejects = pl.concat([read_table(part / "rejects.parquet", REJECT_COLUMNS) for part in parts]) if parts else pl.DataFrame()
     reasons = Counter(rejects["reason"].to_list() if len(rejects) else [])
-    unwanted = sum(reasons[reason] for reason in ("duplicate", "near_duplicate", *p.scores))
-    bad, total = len(rejects) - unwanted, len(rejects) + seen.count
+    faults = Counter({reason: n for reason, n in reasons.items() if reason not in ("duplicate", "near_duplicate", *p.scores)})
+    bad, total = faults.total(), len(rejects) + seen.count
     if not seen.count or bad > p.limits.max_reject_share * total:
         if len(rejects):
             write_table(work / "rejects.parquet", rejects)
-        why = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common(3)) or "nothing was found"
+        why = ", ".join(f"{n} {reason}" for reason, n in (faults or reasons).most_common(3)) or "nothing was found"
         fix = f"see {work / 'rejects.parquet'}, or raise ingest.limits.max_reject_share" if len(rejects) else "set ingest.path"
         raise ValueError(f"{place}: {bad} of {total} images are not usable ({why}); {fix}")
     with atomic_folder(out) as folder:

@@ -129,20 +129,17 @@ def parts(one: Array, other: Array, cosine: Array, threshold: float, count: int)
 
 def linked(vectors_nE: Array, threshold: float, most: int) -> Iterator[Array]:
     """Average linkage (UPGMA): clusters of at most `most` rows whose last two halves have a mean cosine of `threshold` or more."""
-    from scipy.cluster.hierarchy import linkage, to_tree
+    from scipy.cluster.hierarchy import linkage
     from scipy.spatial.distance import squareform
 
     distance = np.maximum(1 - vectors_nE @ vectors_nE.T, 0)
     np.fill_diagonal(distance, 0)
-    waiting = [to_tree(linkage(squareform(distance, checks=False), "average"))]
-    while waiting:
-        node = waiting.pop()
-        if node.is_leaf():
-            continue
-        if node.dist <= 1 - threshold and node.count <= most:
-            yield np.sort(node.pre_order())
-        else:
-            waiting += [node.left, node.right]
+    clusters: dict[float, list[int]] = {row: [row] for row in range(len(distance))}
+    tree = linkage(squareform(distance, checks=False), "average")  # its distances rise
+    for node, (one, other, apart, size) in enumerate(tree.tolist(), len(distance)):
+        if apart <= 1 - threshold and size <= most:
+            clusters[node] = clusters.pop(one) + clusters.pop(other)
+    yield from (np.sort(rows) for rows in clusters.values() if len(rows) > 1)
 
 
 def communities(one: Array, other: Array, cosine: Array, count: int, resolution: float, most: int) -> Iterator[Array]:

@@ -2,8 +2,7 @@
 
 A vector stands in the cell of its nearest centre and looks into the PROBES cells nearest to itself: what it is like may stand beyond
 the border of its cell, on its own side of it. A pair counts that either of the two sees. Everything that is as long as the vectors are
-many lies in files, cell by cell; what memory holds of a vector is some numbers and its `most` neighbours. The centres cost the square
-of N, with a small factor: at 1e6 vectors a fifth of the time.
+many lies in files, cell by cell; what memory holds of a vector is some numbers and its `most` neighbours.
 The result depends on the vectors and the seed only: every product has the same shape and one BLAS thread, whatever runs the jobs.
 
 Letters: N vectors · E width · M cells · P probes · n vectors of a cell.
@@ -11,6 +10,9 @@ Letters: N vectors · E width · M cells · P probes · n vectors of a cell.
 
 from __future__ import annotations
 
+import math
+import os
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,11 +33,13 @@ ALONE: Run = partial(engine.run, workers=1)
 CELL = 512  # vectors of a cell, about
 PROBES = 6  # cells that a vector looks into. Of planted pairs in topics of 500 to 30,000 vectors, 4 found .93 or more, 8 .984
 SAMPLE = 32  # vectors a centre in the training of k-means
+COARSE = 256  # the same of a centre of the first level
+NEAR = 8  # centres of the first level, below which the cells of a vector are looked for
+LOOKERS = 2**15  # vectors of a job that looks for cells
 BLOCK = 4096  # vectors at once
-GATHER = 512  # scattered vectors at once: up to 64 KiB around each are mapped
-COSINES = 2**22  # cosines at once
 CELLS = 16  # of a job
-FOUND = 2**22  # pairs that are collected before only the nearest are kept
+SPAN = 2**18  # vectors whose nearest are chosen at once
+FOUND = 2**22  # pairs at once
 
 
 class Vectors:
@@ -56,16 +60,12 @@ class Vectors:
         """float32 [n, E]"""
         if self.held is not None:
             return self.held[places].astype(np.float32)
-        if isinstance(places, slice):
-            return self._mapped()[places].astype(np.float32)
-        rows = np.empty((len(places), self.shape[1]), np.float32)
-        for i in range(0, len(rows), GATHER):
-            rows[i : i + GATHER] = self._mapped()[places[i : i + GATHER]]
-        return rows
-
-    def _mapped(self) -> Array:
-        """Mapped anew each time: what was read goes with the mapping."""
-        return np.memmap(self.file, np.float16, "r", self.offset, self.shape)
+        if isinstance(places, slice):  # mapped anew each time: what was read goes with the mapping
+            return np.memmap(self.file, np.float16, "r", self.offset, self.shape)[places].astype(np.float32)
+        size = 2 * self.shape[1]
+        with open(self.file, "rb", buffering=0) as file:  # a third of the time of a mapping, whose pages come and go by the sixteen
+            rows = b"".join([os.pread(file.fileno(), size, self.offset + size * place) for place in places.tolist()])
+        return np.frombuffer(rows, np.float16).reshape(-1, self.shape[1]).astype(np.float32)
 
 
 def write_vectors(file: Path, shape: tuple[int, int], blocks: Iterable[Array]) -> Vectors:
@@ -94,32 +94,63 @@ class Cells:
 
 def make_cells(vectors: Vectors, folder: Path, seed: int = 0, memory_gib: float = 0.0, run: Run = ALONE) -> Cells:
     """Divide unit vectors into cells, in files of `folder`."""
-    count, number = len(vectors), max(1, round(len(vectors) / CELL))
-    folder = folder.absolute()
-    drawn = np.sort(numpy_rng(seed, "cells").permutation(count)[: number * SAMPLE])
-    np.save(folder / "centres.npy", kmeans(vectors[drawn], number, seed))
-    size = max(1, min(BLOCK, COSINES // number))
-    begins = range(0, count, size)
-    for _ in track(run(partial(_probe, size=size, vectors=vectors, folder=folder), begins), "cells", len(begins), "blocks"):
+    count, folder = len(vectors), folder.absolute()
+    number = make_centres(vectors, folder, seed, run)
+    begins = range(0, count, LOOKERS)
+    for _ in track(run(partial(_probe, vectors=vectors, folder=folder), begins), "cells", len(begins), "blocks"):
         pass
     probes_NP = np.concatenate([np.load(folder / f"probes-{begin}.npy") for begin in begins])
-    which_N = np.argsort(probes_NP[:, 0], kind="stable")
-    looks = probes_NP[which_N].ravel()
-    np.save(folder / "which.npy", which_N)
-    np.save(folder / "begin.npy", _begins(probes_NP[:, 0], number))
-    np.save(folder / "lookers.npy", np.argsort(looks, kind="stable") // probes_NP.shape[1])
-    np.save(folder / "looks.npy", _begins(looks, number))
+    which_N, begin = _by_cell(probes_NP[:, :1], number)
+    lookers, looks = _by_cell(probes_NP[which_N], number)
+    for name, array in {"which": which_N, "begin": begin, "lookers": lookers, "looks": looks}.items():
+        np.save(folder / f"{name}.npy", array)
     write_vectors(folder / "sorted.npy", vectors.shape, (vectors[which_N[i : i + BLOCK]] for i in range(0, count, BLOCK)))
     return Cells(Vectors(folder / "sorted.npy", memory_gib), folder)
 
 
-def _probe(begin: int, size: int, vectors: Vectors, folder: Path) -> None:
-    """A job: the cells that vectors look into, nearest first, [size, P]."""
-    centres_ME = np.load(folder / "centres.npy")
-    similar = vectors[begin : begin + size] @ centres_ME.T
-    found = np.argpartition(-similar, min(PROBES, len(centres_ME)) - 1, axis=1)[:, :PROBES]
-    order = np.argsort(-np.take_along_axis(similar, found, 1), axis=1, kind="stable")
-    _save(folder / f"probes-{begin}.npy", np.take_along_axis(found, order, 1).astype(np.int32))
+def make_centres(vectors: Vectors, folder: Path, seed: int, run: Run) -> int:
+    """Centres of cells [M, E] as a FAISS index in `folder`, and how many they are. Of one vector in CELL / SAMPLE, in two levels of √M:
+    k-means of M centres at once, and looking among all of them, would cost the square of N."""
+    import faiss
+
+    count, width = vectors.shape
+    step = max(1, CELL // SAMPLE)
+    drawn = np.arange(0, count, step)
+    drawn = np.minimum(drawn + numpy_rng(seed, "cells").integers(step, size=len(drawn)), count - 1).astype(np.int32)
+    few = max(1, round(math.sqrt(count / CELL)))
+    coarse = kmeans(vectors[drawn[:: max(1, len(drawn) // (few * COARSE))]], few, seed)
+    of_drawn = np.concatenate([nearest(vectors[drawn[i : i + BLOCK]], coarse) for i in range(0, len(drawn), BLOCK)])
+    rows, begin = _by_cell(of_drawn[:, None], few)
+    jobs = [(number, drawn[rows[begin[number] : begin[number + 1]]]) for number in range(few) if begin[number] < begin[number + 1]]
+    for _ in track(run(partial(_divide, vectors=vectors, folder=folder, seed=seed), jobs), "centres", len(jobs), "jobs"):
+        pass
+    centres_ME = np.concatenate([np.load(folder / f"centres-{number}.npy") for number, _ in jobs])
+    index = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, few, faiss.METRIC_INNER_PRODUCT)
+    index.quantizer.add(coarse)
+    index.train(coarse)  # it finds its centres there
+    index.nprobe = NEAR
+    index.add(centres_ME)
+    faiss.write_index(index, str(folder / "centres.faiss"))
+    return len(centres_ME)
+
+
+def _divide(job: tuple[int, Array], vectors: Vectors, folder: Path, seed: int) -> None:
+    """A job: the centres of a coarse cell."""
+    number, drawn = job
+    _save(folder / f"centres-{number}.npy", kmeans(vectors[drawn], max(1, round(len(drawn) / SAMPLE)), seed))
+
+
+def _probe(begin: int, vectors: Vectors, folder: Path) -> None:
+    """A job: the cells that vectors look into, nearest first, [n, P]."""
+    import faiss
+
+    index = faiss.read_index(str(folder / "centres.faiss"))
+    probes, found = min(PROBES, index.ntotal), []
+    for start in range(begin, min(begin + LOOKERS, len(vectors)), BLOCK):
+        block = vectors[start : min(start + BLOCK, begin + LOOKERS)]
+        nearest_nP = index.search(block, probes)[1].astype(np.int32)
+        found.append(np.where(nearest_nP < 0, np.maximum(nearest_nP[:, :1], 0), nearest_nP))  # where NEAR have fewer than P
+    _save(folder / f"probes-{begin}.npy", np.concatenate(found))
 
 
 def similar_pairs(cells: Cells, threshold: float, most: int, run: Run = ALONE) -> tuple[Array, Array, Array]:
@@ -129,16 +160,27 @@ def similar_pairs(cells: Cells, threshold: float, most: int, run: Run = ALONE) -
     jobs = [range(first, min(first + CELLS, number)) for first in range(0, number, CELLS)]
     for _ in track(run(partial(_pairs, cells=cells, threshold=threshold, most=most), jobs), "similar pairs", len(jobs), "jobs"):
         pass
-    found, waiting = np.empty(0, PAIR), []
-    for job in jobs:
-        waiting.append(np.load(cells.folder / f"pairs-{job.start}.npy"))
-        if job == jobs[-1] or sum(map(len, waiting)) > max(FOUND, len(found)):
-            found, waiting = _nearest_ones([found, *waiting], most, count), []
-    one, other = np.divmod(found["key"], count)
-    both = np.isin(found["key"], other * count + one) & (one < other)
-    return one[both], other[both], found["cosine"][both]
+    files = [cells.folder / f"pairs-{job.start}.npy" for job in jobs]
+    keys, cosines = cells.folder / "keys.bin", cells.folder / "cosines.bin"
+    with open(keys, "wb") as key_file, open(cosines, "wb") as cosine_file:
+        for first in range(0, count, SPAN):
+            span = [_between(np.load(file, mmap_mode="r"), first * count, (first + SPAN) * count) for file in files]
+            kept = _nearest_ones(span, most, count)
+            kept["key"].tofile(key_file)
+            kept["cosine"].tofile(cosine_file)
+    there = np.memmap(keys, np.int64, "r") if keys.stat().st_size else np.empty(0, np.int64)
+    found = [np.empty(0, MUTUAL)]
+    for start in range(0, len(there), FOUND):
+        one, other = np.divmod(there[start : start + FOUND], count)
+        pairs = np.rec.fromarrays([one, other, np.fromfile(cosines, np.float32, len(one), offset=4 * start)], MUTUAL)[one < other]
+        back = pairs["other"] * np.int64(count) + pairs["one"]
+        order = np.argsort(back)  # a search in order is faster than its sorting takes
+        found.append(pairs[np.sort(order[_holds(there, back[order])])])
+    mutual = np.concatenate(found)
+    return mutual["one"], mutual["other"], mutual["cosine"]
 
 
+MUTUAL = np.dtype([("one", np.int32), ("other", np.int32), ("cosine", np.float32)])
 PAIR = np.dtype([("key", np.int64), ("cosine", np.float32)])  # from either vector to the other: vector × N + neighbour
 
 
@@ -166,6 +208,15 @@ def _save(file: Path, array: Array) -> None:
         np.save(temporary, array)
 
 
+def _between(pairs: Array, low: int, high: int) -> Array:
+    """Of sorted pairs those whose key is at least `low` and under `high`."""
+    return pairs[bisect_left(pairs["key"], low) : bisect_left(pairs["key"], high)]  # type: ignore[type-var]
+
+
+def _holds(ascending: Array, values: Array) -> Array:
+    return ascending[np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)] == values
+
+
 def _nearest_ones(found: list[Array], most: int, count: int) -> Array:
     """Of each vector its `most` nearest neighbours, every one once, sorted."""
     pairs = np.concatenate(found)
@@ -179,9 +230,13 @@ def _nearest_ones(found: list[Array], most: int, count: int) -> Array:
     return pairs[keep]
 
 
-def _begins(cell: Array, number: int) -> Array:
-    """Where each of `number` cells begins among sorted cell numbers, and where the last ends."""
-    return np.concatenate([[0], np.cumsum(np.bincount(cell, minlength=number))])
+def _by_cell(cells_NP: Array, number: int) -> tuple[Array, Array]:
+    """Rows that name a cell, cell by cell, and where each of `number` cells begins and the last ends."""
+    from scipy.sparse import csr_array
+
+    count, most = cells_NP.shape
+    named = csr_array((np.ones(cells_NP.size, bool), cells_NP.ravel(), np.arange(0, cells_NP.size + 1, most)), (count, number)).tocsc()
+    return named.indices, named.indptr
 
 
 def kmeans(vectors_nE: Array, count: int, seed: int) -> Array:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -43,6 +44,10 @@ class Found:
     face: tuple[float, ...] | None = None  # left, top, right, bottom in pixels of the file, as it is before EXIF turns it
     refused: tuple[Reason, str] | None = None
 
+    def __post_init__(self) -> None:
+        for field in ("name", "caption", "group", "licence"):  # names of files and JSON need not be Unicode, tables do
+            object.__setattr__(self, field, getattr(self, field).encode(errors="replace").decode())
+
     def read(self, max_bytes: int) -> bytes:
         """Its bytes.
 
@@ -68,7 +73,7 @@ def from_folder(folder: Path) -> Iterator[Found]:
         if path.suffix.lower() not in SUFFIXES or (path.is_dir() and not path.is_symlink()):
             continue
         name = path.relative_to(folder).as_posix()
-        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+        if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):  # resolve() ends at a loop
             yield Found(name, str(path), refused=("member", "a link that leaves the folder; copy the file"))
             continue
         text = path.with_suffix(".txt")
