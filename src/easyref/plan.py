@@ -424,13 +424,14 @@ def report(params: Params, folder: Path, tflops: float | None, as_json: bool, pr
         if device == "cpu":
             lines += ["no CUDA device here, so times are those of this CPU; --tflops X plans for another device"]
     sharded = processes > 1
-    head = (*HEAD[:-2], "sharded", HEAD[-1]) if sharded else HEAD
-    table: list[tuple[str, ...]] = [head]
+    heads = (*HEAD[:-2], "sharded", HEAD[-1]) if sharded else HEAD
+    table: list[tuple[str, ...]] = [heads]
     for name, rows in stages.items():
         table += [_cells(row, rates[row.precision], sharded) for row in rows] or [
             (name, "from the hub" if name == "base" else "frozen extractors" if name == "embed" else "no model")
         ]
-    widths = [max(len(cells[i]) for cells in table if i < len(cells) and (len(cells) == len(head) or not i)) for i in range(len(head))]
+    full = [cells for cells in table if len(cells) == len(heads)]
+    widths = [max(len(cells[0]) for cells in table), *(max(len(cells[i]) for cells in full) for i in range(1, len(heads)))]
     aligned = [[c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=False))] for cells in table]
     return "\n".join([*lines, "", *(" ".join(cells).rstrip() for cells in aligned), "", FOOT + SHARDED * sharded])
 

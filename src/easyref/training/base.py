@@ -33,8 +33,8 @@ DESCRIBE, COMMON = "Describe the image.", "What do these images have in common?"
 
 
 def base(params: Params, data: Path, out: Path, metrics: Path, work: Path) -> None:
-    """Train VAE, text-to-image and captioning models, and the VAE's decoder once more. Writes `out/diffusion` and `out/mllm` (half precision), and into `metrics`
-    the training curves and `text.png`: what the base draws from text alone.
+    """Train captioning and text-to-image models and a VAE, its decoder twice. Writes `out/diffusion` and `out/mllm` (half precision),
+    and into `metrics` the training curves and `text.png`: what the base draws from text alone.
 
     What each training makes is kept in `work` as it finishes, under a hash of all it depends on: the same command goes on where
     it was, a changed parameter trains anew what it changes. When all are written, `work` is removed: the next call trains again.

@@ -153,12 +153,13 @@ class Way:
 
 def padded_prefix(encoder: ReferenceEncoder, inputs: ReferenceInputs, vision: Sequence[Tensor]) -> PrefixStates:
     """The prefix by transformers' own call, with a mask over the padding."""
-    lm: Any = encoder.mllm.language_model
+    core: Any = encoder.mllm
     is_image_BL1 = (inputs.mm_token_type_ids_BL == 1)[..., None]
-    embeds_BLD = lm.embed_tokens(inputs.input_ids_BL).masked_scatter(is_image_BL1, torch.cat(list(vision)))
-    positions_3BL, _ = encoder.mllm.get_rope_index(
+    embeds_BLD = core.language_model.embed_tokens(inputs.input_ids_BL).masked_scatter(is_image_BL1, torch.cat(list(vision)))
+    positions_3BL, _ = core.get_rope_index(
         inputs.input_ids_BL, inputs.mm_token_type_ids_BL, image_grid_thw=inputs.image_grid_thw, attention_mask=inputs.mask_BL
     )
+    lm = core.language_model
     states_BLD = lm(inputs_embeds=embeds_BLD, attention_mask=inputs.mask_BL, position_ids=positions_3BL, use_cache=False)
     return PrefixStates(states_BLD.last_hidden_state, inputs.mask_BL, positions_3BL)
 
