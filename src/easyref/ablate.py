@@ -74,7 +74,7 @@ def ablate(params: Params, name: str, share: float, samples: int, data: Path, mo
     short = shortened(params, share)
     cost = {stages: seconds(short, models / "base", stages, 3 * samples) for _, stages in chosen.values()}
     about = duration(sum(cost[stages] for _, stages in chosen.values()))
-    print(f"{name}: {len(chosen)} variants at {share:g} of the training lengths (--share), about {about} from nothing", flush=True)
+    print(f"{name}: {len(chosen)} variants at {share:g} of the training lengths, at least {about} from nothing", flush=True)
     drawn, losses = dict[str, Evaluated](), dict[str, float]()
     for variant, (keys, stages) in chosen.items():
         changed = shortened(change(params, keys), share)

@@ -175,13 +175,12 @@ Samples = Annotated[int, typer.Option(min=1, help="The first so many of a seeded
 def _protocol(name: Literal["single", "dreambench"], folder: Path | None, samples: int, params: Path, out: Path) -> None:
     from easyref.config import load_params
     from easyref.evaluation.mrbench_stage import protocol_bench
+    from easyref.evaluation.summary import table
     from easyref.records import alone
 
     with alone(WORK / "evaluate"):
         result = protocol_bench(load_params(params), name, folder, samples, DATA, MODELS, out, WORK / "evaluate")[name]
-    for metric, entry in result.items():
-        if entry and "easyref" in entry:
-            print(metric + "".join(f", {key} {entry[key]:.3f}" for key in ("easyref", "text_only", "shuffled", "ceiling")))
+    print("\n".join(["", *table(name, result), "", f"figures: {out}", f"picture: {out.with_suffix('.png')}"]))
 
 
 @bench.command("single")

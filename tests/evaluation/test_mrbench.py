@@ -149,7 +149,7 @@ def test_the_report_is_one_file_that_says_the_numbers(found: Evaluated, emoji: E
 
 
 def test_the_table_for_people_has_every_method(found: Evaluated) -> None:
-    head, _, *rows = table(found.result)
+    head, _, *rows = table("held out", found.result["held_out"])
     assert [row.split("|")[1].strip().replace(" ", "_") for row in rows] == [
         *("easyref", "average", "concatenation", "lora", "text_only", "shuffled", "copy", "ceiling"),
     ]

@@ -13,6 +13,7 @@ from easyref.evaluation.evaluate import evaluate
 from easyref.evaluation.generations import Painter, Request
 from easyref.evaluation.probes import fit_dual
 from easyref.evaluation.protocols import COMPARISON, dreambench, single
+from easyref.evaluation.summary import table
 
 from .conftest import Emoji
 from .test_evaluate import PARAMS
@@ -79,4 +80,8 @@ def test_evaluate_takes_them(emoji: Emoji, folder: Path, tmp_path: Path, monkeyp
     result = evaluate(COMPARISON, found.samples, found.images, found.load, painters, PARAMS, **arguments).result["dreambench"]
     assert result["fidelity"]["samples"] == 3 and result["fidelity"]["easyref"] == pytest.approx(1, abs=1e-3)
     assert result["fidelity"]["easyref_minus_shuffled"]["mean"] > 0.2
+    head, _, *rows = table("dreambench", result)
+    assert head.startswith("| dreambench | fidelity |") and [row.split(" | ")[0] for row in rows] == [
+        *("| easyref", "| text only", "| shuffled", "| ceiling"),
+    ]
     assert result["style"] is None and result["tone"] is None, "their images have no such labels"

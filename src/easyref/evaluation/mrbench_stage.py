@@ -12,16 +12,23 @@ from easyref.config import Params
 from easyref.evaluation import baselines, protocols
 from easyref.evaluation.evaluate import evaluate
 from easyref.evaluation.generations import Generate, Painter
+from easyref.evaluation.grid import draw_grid, grid_row
 from easyref.evaluation.judges import Similarity
 from easyref.evaluation.mrbench import mrbench
 from easyref.evaluation.protocols import Protocol, dreambench, single
-from easyref.evaluation.report import write_report
+from easyref.evaluation.report import METHOD, write_report
 from easyref.evaluation.stage import Place
 from easyref.evaluation.summary import summary
+from easyref.images import to_png
 from easyref.model.weights import WEIGHTS
 from easyref.progress import use_threads
-from easyref.records import read_table, sha256_file, sha256_json, write_json, write_table
+from easyref.records import read_table, sha256_file, sha256_json, write_bytes, write_json, write_table
 
+ROWS = 12  # of a protocol's picture
+PICTURE = {
+    "single": "Single: the reference is the target; the first samples of the seeded order",
+    "dreambench": "DreamBench: one subject, several prompts; the first samples of the seeded order",
+}
 #: (base pipeline, params.mrbench.lora, params.evaluate, seed) → the painter's `Generate`; see training/group_lora.py.
 Tune = Callable[..., Generate]
 
@@ -51,7 +58,7 @@ def mrbench_stage(params: Params, data: Path, models: Path, out: Path, work: Pat
 def protocol_bench(
     params: Params, protocol: Protocol, folder: Path | None, count: int, data: Path, models: Path, out: Path, work: Path
 ) -> dict[str, Any]:
-    """`evaluate` on the samples of another protocol, in the form of `metrics/evaluate.json`, to the file `out`."""
+    """`evaluate` on the samples of another protocol, in the form of `metrics/evaluate.json`, to the file `out`; a picture beside it."""
     print(use_threads(params.threads))
     place = Place(params, data, models)
     samples = (dreambench if protocol == "dreambench" else single)(place.images, place.store.image, folder)
@@ -61,6 +68,9 @@ def protocol_bench(
     )  # fmt: skip
     write_table(work / f"scores-{protocol}.parquet", found.table())
     write_json(out, found.result)
+    rows = [grid_row(PICTURE[protocol], case, found.images, samples.load, protocols.COMPARISON.names) for case in found.cases[protocol]]
+    heads = [METHOD[name][0] for name in protocols.COMPARISON.names]
+    write_bytes(out.with_suffix(".png"), to_png(draw_grid(rows[:ROWS], heads)))
     return found.result
 
 

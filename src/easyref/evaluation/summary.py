@@ -25,24 +25,24 @@ def summary(out: Path) -> str:
         )
     path = out / "metrics" / "mrbench.json"
     if path.exists() and (compared := read_json(path))["settings"]["weights"] == result["settings"]["weights"]:
-        lines += ["", *table(compared), "", "report: reports/evaluation.html"]
+        lines += ["", *table("held out", compared["held_out"]), "", "report: reports/evaluation.html"]
     else:
         lines.append("report: none of these weights beside other methods yet; `easyref mrbench` makes it")
     return "\n".join([*lines, "picture: reports/grid.png"])
 
 
-def table(result: dict[str, Any]) -> list[str]:
-    """Held-out groups of `metrics/mrbench.json` in Markdown: a method a row; fidelity, what EasyRef has over it, and the rest."""
-    held_out = result["held_out"]
-    names = [name for name, entry in held_out.items() if isinstance(entry, dict) and "easyref" in entry]
+def table(title: str, entries: dict[str, Any]) -> list[str]:
+    """A split of `metrics/mrbench.json`, or of another protocol, in Markdown: a method a row; fidelity, what EasyRef has over it, and
+    the rest."""
+    names = [name for name, entry in entries.items() if isinstance(entry, dict) and "easyref" in entry]
     first, *rest = names or [""]
     if not first:
         return []
     heads = [first.replace("_", " "), "EasyRef over it", *(name.replace("_", " ") for name in rest)]
-    lines = [f"| held out | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
-    for method in METHODS:
-        gap = held_out[first].get(f"easyref_minus_{method}")
+    lines = [f"| {title} | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+    for method in (name for name in METHODS if name in entries[first]):
+        gap = entries[first].get(f"easyref_minus_{method}")
         over = f"{gap['mean']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]" if gap else ""
-        cells = [f"{held_out[first][method]:.3f}", over, *(f"{held_out[name][method]:.3f}" for name in rest)]
+        cells = [f"{entries[first][method]:.3f}", over, *(f"{entries[name][method]:.3f}" for name in rest)]
         lines.append(f"| {method.replace('_', ' ')} | {' | '.join(cells)} |")
     return lines
