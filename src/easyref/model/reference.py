@@ -411,9 +411,8 @@ def attend_packed(
     padded to the longest. Without flash-attn transformers would go image by image, and pad samples everywhere."""
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, q_1HKE, k_1GKE, v_1GKE, attention_mask, dropout, scaling, **more)
-    lengths_N = cu_seq_lens_q.diff()
-    longest = int(lengths_N.max())
-    real_NL = torch.arange(longest, device=lengths_N.device) < lengths_N[:, None]
+    lengths_N = cu_seq_lens_q.cpu().diff()  # one wait for the device
+    real_NL = torch.arange(int(lengths_N.max())) < lengths_N[:, None]
     padded, causal = not bool(real_NL.all()), module.is_causal
     places_K = real_NL.flatten().nonzero()[:, 0].to(q_1HKE.device)
 
