@@ -83,6 +83,11 @@ def split(params: ParamsFile = PARAMS) -> None:
         for name, table in tables.items():
             write_table(folder / f"{name}.parquet", table)
     print(", ".join(f"{k} {n}" for k, n in sorted(tables["images"]["split"].value_counts().iter_rows())))
+    if "held_out" not in tables["images"]["split"]:
+        print(
+            "nothing is held out: names, near duplicates and groups connect the images; "
+            "more folders or captions of their own tell them apart, and split.held_out_share may be larger"
+        )
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import signal
 import struct
 import subprocess
@@ -457,6 +458,68 @@ def test_a_face_turns_with_its_image(tmp_path: Path, orientation: int) -> None:
     found = Found("a.png", str(tmp_path / "a.png"), face=box)
     done = check.check(found, 120, load_params("presets/nano.yaml").ingest.limits)
     assert isinstance(done, Checked) and tuple(done.face or ()) == turned.getbbox() and (done.width, done.height) == turned.size
+
+
+def test_near_duplicates_are_those_of_brute_force(tmp_path: Path) -> None:
+    """Of pictures that drift apart, in a process that knows all of them; a distance of 0 asks for the same pixels."""
+    rng = np.random.default_rng(0)
+    drift = (rng.integers(60, 190, (16, 16, 3)) + np.cumsum(rng.integers(-3, 4, (80, 16, 16, 3)), 0)).astype(np.uint8)
+    for distance in (0.0, 2.5, 4.0):
+        seen, kept, found = ingest._Seen(distance), [], []
+        for number, pixels in enumerate([*drift, drift[40]]):
+            far = [float(np.sqrt(((pixels.astype(float) - drift[i]) ** 2).mean())) for i in kept]
+            earlier = next((str(i) for i, of in zip(kept, far, strict=True) if of <= distance), None)
+            image = Checked(b"", "png", 16, 16, str(number), pixels.tobytes())
+            assert seen.duplicate(image) == (("near_duplicate", earlier) if earlier else None)
+            found.append(earlier)
+            if earlier is None:
+                seen.take(str(number), str(number), pixels.tobytes())
+                kept.append(number)
+        assert found[-1] is not None and (distance == 0 or 10 < len(kept) < 80)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not hasattr(os, "setresuid"), reason="takes another user's rights")
+def test_what_may_not_be_read_is_a_reject_of_its_own(tmp_path: Path) -> None:
+    """As the user nobody: an image, a caption and a folder of somebody else."""
+    heap = tmp_path / "heap"
+    for name in ("locked", "listed"):
+        (heap / name).mkdir(parents=True)
+    for number, name in enumerate(("good.png", "secret.png", "said.png", "locked/in.png", "listed/in.png")):
+        (heap / name).write_bytes(encoded(picture(number)))
+    (heap / "said.txt").write_text("a caption")
+    for name in ("secret.png", "said.txt", "locked", "listed"):
+        (heap / name).chmod(0o444 if name == "listed" else 0)
+    code = (
+        "import os, sys; from pathlib import Path\n"
+        "from easyref.data.sources import from_folder; from easyref.images import ImageError\n"
+        "os.chdir(sys.argv[1]); os.setresuid(65534, 65534, 65534)\n"
+        "for found in from_folder(Path('.')):\n"
+        "    try: print(found.name, len(found.read(10**6)))\n"
+        "    except ImageError as error: print(found.name, error.reason, error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(heap)], capture_output=True, text=True, check=True)
+    lines = {line.split()[0]: line.split(maxsplit=2)[1:] for line in done.stdout.splitlines()}
+    assert set(lines) == {"good.png", "secret.png", "said.png", "locked", "listed/in.png"} and int(lines["good.png"][0]) > 100
+    assert lines["listed/in.png"][0] == "missing"
+    for name, reason in {"secret.png": "missing", "said.png": "record", "locked": "missing"}.items():
+        assert lines[name][0] == reason and "Permission denied" in lines[name][1]
+
+
+def test_links_in_a_circle_and_names_that_are_no_unicode(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for number, name in enumerate((b"good.png", b"bad\xff.png", "画像\n<b>.png".encode())):
+        Path(os.fsdecode(os.fsencode(tmp_path / "a") + b"/" + name)).write_bytes(encoded(picture(number)))
+    for name, to in {"circle.png": "circle.png", "gone.png": "nowhere", "up": ".."}.items():
+        (tmp_path / "a" / name).symlink_to(to)
+    os.mkfifo(tmp_path / "a" / "pipe.png")
+    (tmp_path / "a" / "good.txt").write_bytes(b"fine")
+    p = load_params("presets/nano.yaml").ingest
+    limits = p.limits.model_copy(update={"max_reject_share": 0.9})
+    p = p.model_copy(update={"source": "folder", "path": str(tmp_path / "a"), "size": SIZE, "limits": limits})
+    ingest._ingest_heap(p, tmp_path / "images", tmp_path / "work")
+    assert sorted(read_table(tmp_path / "images" / "images.parquet")["source"]) == ["bad?.png", "good.png", "画像\n<b>.png"]
+    rejects = read_table(tmp_path / "images" / "rejects.parquet")
+    assert dict(rejects.select("name", "reason").rows()) == dict.fromkeys(("circle.png", "gone.png", "pipe.png"), "missing")
 
 
 @pytest.mark.parametrize("kind", ["single_label_classification", "multi_label_classification", "regression"])

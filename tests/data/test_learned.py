@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -49,6 +51,8 @@ def clustered(count: int, width: int = 32, seed: int = 0) -> np.ndarray:
 def test_similar_pairs_are_those_of_brute_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neighbours, "CELL", 300)
     monkeypatch.setattr(neighbours, "FOUND", 2000)
+    monkeypatch.setattr(neighbours, "COSINES", 40_000)
+    monkeypatch.setattr(neighbours, "SPAN", 400)
     monkeypatch.setattr(neighbours, "CELLS", 2)
     vectors, most, threshold = clustered(1500).astype(np.float16), 10, 0.5
     cells = make_cells(stored(vectors, tmp_path), tmp_path)
@@ -62,6 +66,22 @@ def test_similar_pairs_are_those_of_brute_force(tmp_path: Path, monkeypatch: pyt
     found = np.stack([one, other], 1)
     assert np.array_equal(found[np.lexsort((found[:, 1], found[:, 0]))], expected)
     np.testing.assert_allclose(cosine, similar[one, other], atol=1e-5)
+
+
+def test_equal_vectors_take_no_more_memory_than_others(tmp_path: Path) -> None:
+    """As the captions of a folder are: each is like each, 36 million pairs."""
+    code = (
+        "import resource, sys; import numpy as np; from pathlib import Path\n"
+        "from easyref.data.neighbours import make_cells, similar_pairs, write_vectors\n"
+        "work = Path(sys.argv[1]); rows = np.zeros((6000, 8), np.float32); rows[:, 0] = 1\n"
+        "cells = make_cells(write_vectors(work / 'v.npy', rows.shape, [rows]), work)\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "one, other, cosine = similar_pairs(cells, 0.5, 16)\n"
+        "print(len(one), cosine.min(), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, check=True)
+    pairs, least, mib = done.stdout.split()
+    assert int(pairs) and float(least) == 1 and int(mib) < 400
 
 
 def test_most_pairs_are_found_where_cells_are_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

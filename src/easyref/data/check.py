@@ -29,7 +29,6 @@ class Checked:
     width: int
     height: int
     original: str  # sha256 of the bytes as they came
-    look: bytes  # 64-bit difference hash
     thumbnail: bytes  # RGB, 16×16
     face: list[int] | None = None  # left, top, right, bottom in pixels, where the source gives it
 
@@ -65,8 +64,6 @@ def check(found: Found, size: int, limits: IngestLimits) -> Checked | Rejected:
         face = [min(max(0, round(at * scale)), most) for at, most in zip(box, image.size * 2, strict=True)]
         if face[0] >= face[2] or face[1] >= face[3]:
             return Rejected("record", f"{found.name}: its face {found.face} is not inside of it; correct it, or leave it out")
-    gray = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
-    look = np.packbits(gray[:, 1:] > gray[:, :-1]).tobytes()
     thumbnail = np.asarray(image.resize((16, 16), Image.Resampling.BOX)).tobytes()
     if kept:
         stored, suffix = data, file_suffix(data).removeprefix(".")
@@ -76,7 +73,7 @@ def check(found: Found, size: int, limits: IngestLimits) -> Checked | Rejected:
         stored, suffix = buffer.getvalue(), "jpg"
     else:
         stored, suffix = to_png(image), "png"
-    return Checked(stored, suffix, image.width, image.height, sha256_bytes(data), look, thumbnail, face)
+    return Checked(stored, suffix, image.width, image.height, sha256_bytes(data), thumbnail, face)
 
 
 def image_limits(limits: IngestLimits) -> Limits:

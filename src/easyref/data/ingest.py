@@ -6,12 +6,14 @@ made again when the same command is given after a kill, and the tables do not de
 
 from __future__ import annotations
 
+import os
 import shutil
+import sqlite3
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -131,47 +133,55 @@ def _ingest_heap(p: Ingest, out: Path, work: Path) -> dict[str, int]:
 
 
 class _Seen:
-    """What earlier shards hold, for duplicates. A near duplicate has at least 16 of the 64 bits of its look in place, and a thumbnail
-    within `distance`."""
+    """What earlier shards hold, for duplicates, in a database on disk that goes with it. A near duplicate has a thumbnail within
+    `distance` (root mean square); the means of its quarters are within twice that, and cells of them say whom to compare."""
 
     def __init__(self, distance: float) -> None:
         self.distance, self.count = distance, 0
-        self.originals: set[str] = set()
-        self.thumbnails: list[bytes] = []
-        self.bands: dict[tuple[int, bytes], list[int]] = {}  # quarter of the look → thumbnails
+        self.width = max(4 * distance, 1.0)  # of a cell: ± 2 distances reach into two at most
         self.history = ""  # hash of it all
+        self.base = sqlite3.connect("", isolation_level=None)
+        self.base.execute("create table images (original text primary key, cell text, name text, thumbnail blob)")
+        self.base.execute("create index cells on images (cell)")
 
     def add(self, table: pl.DataFrame) -> None:
-        for row in table.select("original", "look", "thumbnail").iter_rows():
+        self.base.execute("begin")
+        for row in table.select("original", "source", "thumbnail").iter_rows():
             self.take(*row)
+        self.base.execute("commit")
         self.count += len(table)
         self.history = sha256_json([self.history, table["original"].to_list() if len(table) else []])
 
-    def take(self, original: str, look: bytes, thumbnail: bytes) -> None:
-        self.originals.add(original)
-        for band in _bands(look):
-            self.bands.setdefault(band, []).append(len(self.thumbnails))
-        self.thumbnails.append(thumbnail)
+    def take(self, original: str, name: str, thumbnail: bytes) -> None:
+        self.base.execute("insert into images values (?, ?, ?, ?)", (original, *self._cells(thumbnail, 0), name, thumbnail))
 
-    def duplicate(self, image: Checked) -> Reason | None:
-        if image.original in self.originals:
-            return "duplicate"
-        near = sorted({i for band in _bands(image.look) for i in self.bands.get(band, ())})
-        if not near:
-            return None
-        theirs = np.frombuffer(b"".join(self.thumbnails[i] for i in near), np.uint8).reshape(len(near), -1)
-        errors = (theirs.astype(np.float32) - np.frombuffer(image.thumbnail, np.uint8)) ** 2
-        return "near_duplicate" if errors.mean(1).min() <= self.distance**2 else None
+    def duplicate(self, image: Checked) -> tuple[Reason, str] | None:
+        """What it is, and the name of the earlier image."""
+        for (name,) in self.base.execute("select name from images where original = ?", (image.original,)):
+            return "duplicate", name
+        cells = sorted(self._cells(image.thumbnail, 2 * self.distance))
+        near = f"select name, thumbnail from images where cell in ({', '.join('?' * len(cells))}) order by rowid"
+        for name, theirs in self.base.execute(near, cells):
+            errors = (_pixels(theirs) - _pixels(image.thumbnail)) ** 2
+            if errors.mean() <= self.distance**2:
+                return "near_duplicate", name
+        return None
+
+    def _cells(self, thumbnail: bytes, reach: float) -> set[str]:
+        """Cells within `reach` of the means of its quarters."""
+        means = _pixels(thumbnail).reshape(2, 8, 2, 8, 3).mean((1, 3, 4)).ravel()
+        sides = [{int(at // self.width) for at in (mean - reach, mean + reach)} for mean in means]
+        return {" ".join(map(str, cell)) for cell in product(*sides)}
 
 
-def _bands(look: bytes) -> list[tuple[int, bytes]]:
-    return [(i, look[i : i + 2]) for i in range(0, len(look), 2)]
+def _pixels(thumbnail: bytes) -> np.ndarray:
+    return np.frombuffer(thumbnail, np.uint8).astype(np.float64)
 
 
 def _key(chunk: list[Found], p: Ingest, seen: _Seen) -> str:
     """Hash of all that a shard depends on."""
     limits = p.limits.model_dump(exclude={"max_reject_share", "workers"})
-    there = [path for path in map(Path, sorted({f.file for f in chunk})) if path.exists()]
+    there = [Path(file) for file in sorted({f.file for f in chunk}) if os.path.exists(file)]
     files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in there]
     scores = p.model_dump(include={"scores"})
     return sha256_json([[asdict(f) for f in chunk], files, p.size, limits, scores, seen.history])
@@ -189,10 +199,11 @@ def _make_part(chunk: list[Found], checked: Iterable[Checked | Rejected], seen: 
     for found, result in zip(chunk, track(checked, f"ingest {part.name}", len(chunk)), strict=True):
         if isinstance(result, Rejected):
             rejects.append((found.name, result.reason, result.detail))
-        elif reason := seen.duplicate(result) or new.duplicate(result):
-            rejects.append((found.name, reason, f"{found.name}: {reason.replace('_', ' ')} of an earlier image"))
+        elif earlier := seen.duplicate(result) or new.duplicate(result):
+            reason, name = earlier
+            rejects.append((found.name, reason, f"{found.name}: {reason.replace('_', ' ')} of {name}"))
         else:
-            new.take(result.original, result.look, result.thumbnail)
+            new.take(result.original, found.name, result.thumbnail)
             good.append((found, result))
     with atomic_folder(part) as folder:
         rows = []
@@ -201,7 +212,7 @@ def _make_part(chunk: list[Found], checked: Iterable[Checked | Rejected], seen: 
             places = write_shard(shard, [image.data for _, image in good], [image.suffix for _, image in good])
             rows = [{**place, **_row(found, image)} for place, (found, image) in zip(places, good, strict=True)]
         schema: dict[str, Any] = {n: pl.Int64 if n in ("offset", "size", "width", "height") else pl.String for n in IMAGE_COLUMNS}
-        schema |= {"original": pl.String, "look": pl.Binary, "thumbnail": pl.Binary, "face": pl.List(pl.Int32)}
+        schema |= {"original": pl.String, "thumbnail": pl.Binary, "face": pl.List(pl.Int32)}
         write_table(folder / "images.parquet", pl.DataFrame(rows, schema=schema))
         write_table(folder / "rejects.parquet", pl.DataFrame(rejects, schema=dict.fromkeys(REJECT_COLUMNS, pl.String), orient="row"))
         write_json(folder / "key.json", key)
@@ -214,6 +225,6 @@ def _row(found: Found, image: Checked) -> dict[str, Any]:
     return {
         **dict.fromkeys(LABELS, ""), "concept": found.group or found.name, "subject": words,
         "category": GIVEN if found.group else "", "caption": words, "licence": found.licence or "unknown", "source": found.name,
-        "width": image.width, "height": image.height, "original": image.original, "look": image.look, "thumbnail": image.thumbnail,
+        "width": image.width, "height": image.height, "original": image.original, "thumbnail": image.thumbnail,
         "face": image.face,
     }  # fmt: skip

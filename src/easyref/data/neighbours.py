@@ -37,6 +37,7 @@ COARSE = 256  # the same of a centre of the first level
 NEAR = 8  # centres of the first level, below which the cells of a vector are looked for
 LOOKERS = 2**15  # vectors of a job that looks for cells
 BLOCK = 4096  # vectors at once
+COSINES = 2**23  # cosines at once
 CELLS = 16  # of a job
 SPAN = 2**18  # vectors whose nearest are chosen at once
 FOUND = 2**22  # pairs at once
@@ -191,12 +192,17 @@ def _pairs(job: range, cells: Cells, threshold: float, most: int) -> None:
     for cell in job:
         place = int(begin[cell])
         rows = cells.vectors[place : begin[cell + 1]]
-        for start in range(looks[cell], looks[cell + 1], BLOCK):
-            here = np.array(lookers[start : min(start + BLOCK, looks[cell + 1])])
+        size = max(1, min(BLOCK, COSINES // max(1, len(rows))))  # a cell of thousands of equal captions is large
+        for start in range(looks[cell], looks[cell + 1], size):
+            here = np.array(lookers[start : min(start + size, looks[cell + 1])])
             similar = cells.vectors[here] @ rows.T
-            i, j = np.nonzero(similar >= threshold)
-            apart = here[i] != place + j
-            i, j = i[apart], j[apart]
+            own = np.flatnonzero((here >= place) & (here < place + len(rows)))
+            similar[own, here[own] - place] = -2
+            alike = similar >= threshold
+            crowded = np.flatnonzero(alike.sum(1) > most)  # what is not among the nearest here is not among the nearest
+            alike[crowded] = False
+            alike[crowded[:, None], np.argsort(-similar[crowded], axis=1, kind="stable")[:, :most]] = True
+            i, j = np.nonzero(alike)
             one, other = which[here[i]], which[place + j]
             for key in (one * count + other, other * count + one):
                 found.append(np.rec.fromarrays([key, similar[i, j]], PAIR))
@@ -222,7 +228,8 @@ def _nearest_ones(found: list[Array], most: int, count: int) -> Array:
     pairs = np.concatenate(found)
     pairs = pairs[np.unique(pairs["key"], return_index=True)[1]]
     vector = pairs["key"] // count
-    crowded = np.flatnonzero(np.bincount(vector, minlength=count)[vector] > most)
+    sizes = np.diff(np.flatnonzero(np.diff(vector, prepend=-1)), append=len(vector))
+    crowded = np.flatnonzero(np.repeat(sizes, sizes) > most)
     order = crowded[np.lexsort((-pairs["cosine"][crowded], vector[crowded]))]
     rank = np.arange(len(order)) - np.searchsorted(vector[order], vector[order])
     keep = np.ones(len(pairs), bool)

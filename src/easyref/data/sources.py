@@ -57,29 +57,37 @@ class Found:
         if self.refused:
             raise ImageError(f"{self.name}: {self.refused[1]}", self.refused[0])
         path = Path(self.file)
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise ImageError(f"{self.name}: no such file; check the path", "missing")
-        size = path.stat().st_size if self.size is None else self.size
-        if size > max_bytes:
-            raise ImageError(f"{self.name}: {size} bytes is over the cap of {max_bytes}; save it smaller", "bytes")
-        with open(path, "rb") as file:
-            file.seek(self.offset or 0)
-            return file.read(size)
+        try:
+            size = path.stat().st_size if self.size is None else self.size
+            if size > max_bytes:
+                raise ImageError(f"{self.name}: {size} bytes is over the cap of {max_bytes}; save it smaller", "bytes")
+            with open(path, "rb") as file:
+                file.seek(self.offset or 0)
+                return file.read(size)
+        except OSError as error:
+            raise ImageError(f"{self.name}: cannot be read ({error.strerror}); check its rights", "missing") from error
 
 
 def from_folder(folder: Path) -> Iterator[Found]:
     """Every image file below `folder`. `name.txt` beside an image is its caption, the folder it is in its group."""
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in SUFFIXES or (path.is_dir() and not path.is_symlink()):
-            continue
-        name = path.relative_to(folder).as_posix()
-        if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):  # resolve() ends at a loop
-            yield Found(name, str(path), refused=("member", "a link that leaves the folder; copy the file"))
-            continue
-        text = path.with_suffix(".txt")
-        caption, refused = _sidecar(text.read_bytes()) if text.is_file() and text.stat().st_size <= MAX_SIDECAR else ("", None)
-        parent = path.parent.relative_to(folder).as_posix()
-        yield Found(name, str(path), caption=caption, group="" if parent == "." else parent, refused=refused)
+    locked: list[OSError] = []
+    inside = os.path.realpath(folder)  # resolve(), is_symlink() and is_file() raise at links in a circle, or where rights are missing
+    for place, folders, files in os.walk(folder, onerror=locked.append):
+        folders.sort()
+        for path in sorted(Path(place, name) for name in files if Path(name).suffix.lower() in SUFFIXES):
+            name = path.relative_to(folder).as_posix()
+            if os.path.islink(path) and not Path(os.path.realpath(path)).is_relative_to(inside):
+                yield Found(name, str(path), refused=("member", "a link that leaves the folder; copy the file"))
+                continue
+            text = path.with_suffix(".txt")
+            caption, refused = _sidecar(text) if os.path.isfile(text) and text.stat().st_size <= MAX_SIDECAR else ("", None)
+            parent = path.parent.relative_to(folder).as_posix()
+            yield Found(name, str(path), caption=caption, group="" if parent == "." else parent, refused=refused)
+    for error in locked:
+        name = Path(error.filename).relative_to(folder).as_posix()
+        yield Found(name, error.filename, refused=("missing", f"a folder that cannot be read ({error.strerror}); check its rights"))
 
 
 def from_tars(place: Path) -> Iterator[Found]:
@@ -130,15 +138,15 @@ def _members(path: Path, tar: tarfile.TarFile) -> Iterator[Found]:
             yield Found(path.name, str(path), refused=("tar", f"damaged at byte {tar.offset}; what follows cannot be read"))
 
 
-def _sidecar(data: bytes, suffix: str = ".txt") -> tuple[Any, tuple[Reason, str] | None]:
+def _sidecar(data: bytes | Path, suffix: str = ".txt") -> tuple[Any, tuple[Reason, str] | None]:
     """Caption, or fields of a JSON, from the bytes of the file beside an image."""
     try:
-        text = data.decode()
+        text = (data.read_bytes() if isinstance(data, Path) else data).decode()
         values = json.loads(text) if suffix == ".json" else text.strip()
         if suffix == ".json" and not isinstance(values, dict):
             raise ValueError("not an object")
         return values, None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         return "", ("record", f"the {suffix} file beside it cannot be read ({error})")
 
 
