@@ -338,6 +338,7 @@ class Stage(Samples):
     lora_rank: int = Field(ge=0)
     min_snr: float | None  # weight of the loss over timesteps; null: the paper's plain mean
     precision: Literal["fp32", "bf16"]
+    stored: Literal["fp32", "fp16"] = "fp32"  # the checkpoint's weights
     freeze: list[Part] = []  # parts that the stage trains otherwise
     recompute: list[Literal["unet", "mllm", "vision"]] = []  # whose blocks run again in the backward pass: less memory, more time
     compile: bool = False  # the blocks of UNet and MLLM by torch.compile

@@ -152,7 +152,7 @@ def run_stage(
     tensors = engine.gather(weights.tensors(models.encoder, models.adapter, checkpoint.has_mllm))
     if not engine.main:
         return
-    weights.save(out, tensors, checkpoint, torch.float32)
+    weights.save(out, tensors, checkpoint, torch.float16 if p.stored == "fp16" else torch.float32)
     write_curves(state.with_suffix(".jsonl"), curves)
     if warm:
         write_curves(warm.with_suffix(".jsonl"), curves / "align")
