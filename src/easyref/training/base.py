@@ -338,7 +338,8 @@ def train_decoder(params: Params, images: TrainingImages, diffusion: Path, work:
 
     train(Task("base: decoder", [vae, unet], dict(decoder.named_parameters()), loss, fingerprint), p, done.with_suffix(".safetensors"))
     with atomic_folder(done) as folder:
-        pipe.to(dtype=torch.float16).save_pretrained(folder)
+        shutil.copytree(diffusion, folder, dirs_exist_ok=True)
+        vae.half().save_pretrained(folder / "vae")
     return done
 
 
