@@ -14,7 +14,7 @@ run: $(VENV)/.installed ## data, training, evaluation, report
 
 test: $(VENV)/.installed ## the tests
 	@dvc pull --quiet ingest group split base pretrain
-	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 up: $(VENV)/.installed ## Prefect's server and worker and MLflow, on loopback
 	@python -m flows.services up

@@ -57,7 +57,7 @@ def easyref(place: Path, stage: str, options: dict[str, Any]) -> None:
 
 OPTIONS: dict[str, Any] = {
     "min_snr": 5.0, "noise_offset": 0.1, "rates": {"projector": 2.0}, "prediction": "epsilon", "zero_terminal_snr": False,
-    "images": 12, "ema_images": 0, "snapshot_images": 4, "sample_images": 12,
+    "images": 12, "ema_images": 0, "snapshot_images": 4, "sample_images": 12, "stored": "fp32",
 }  # fmt: skip
 STAGE = "pretrain"
 

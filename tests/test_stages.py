@@ -115,7 +115,9 @@ def test_killed_at_random_and_started_again_leaves_the_same_bytes(place: Path) -
 
 def test_each_stage_changes_exactly_its_parts(place: Path) -> None:
     """Reads the checkpoints that the tests above wrote."""
-    pretrain, single, multi = (load_file(place / "models" / n / "easyref.safetensors") for n in stages.STAGES)
+    stored = [load_file(place / "models" / n / "easyref.safetensors") for n in stages.STAGES]
+    assert [{t.dtype for t in tensors.values()} for tensors in stored] == [{torch.float16}, {torch.float32}, {torch.float32}]
+    pretrain, single, multi = ({k: t.float() for k, t in tensors.items()} for tensors in stored)
     assert not [k for k in pretrain if k.startswith("adapter.lora.")]
     assert [k for k in single if k.startswith("encoder.mllm.")] and [k for k in single if k.startswith("adapter.lora.")]
     assert single.keys() == multi.keys()
@@ -127,6 +129,14 @@ def test_each_stage_changes_exactly_its_parts(place: Path) -> None:
         for part in ("encoder.reference_tokens", "encoder.final_layer.", "encoder.projector.", "adapter.reference_kv."):
             assert any(k.startswith(part) for k in changed), part
     assert any(not torch.equal(single[k], multi[k]) for k in single if k.startswith("encoder.mllm.visual"))
+
+
+def test_pretraining_trains_lora_where_it_has_a_rank(place: Path) -> None:
+    p = load_params(place / "params.yaml").pretrain
+    assert p.lora_rank == 0 and "lora" not in stages.parts("pretrain", p)
+    p = p.model_copy(update={"lora_rank": 2})
+    assert stages.parts("pretrain", p) == (*stages.ALIGNMENT, "lora")
+    assert "lora" not in stages.parts("pretrain", p.model_copy(update={"freeze": ["lora"]}))
 
 
 def test_a_stage_without_the_faces_it_needs_says_so_before_the_warm_start(place: Path, tmp_path: Path, capsys) -> None:
