@@ -26,7 +26,7 @@ from easyref.training.ahead import ahead
 from easyref.training.align import seen_labels
 from easyref.training.inputs import NULL, Inputs, Sample, Sampler, Seen, keep_frozen, microbatches, open_store
 from easyref.training.models import load_models
-from easyref.training.stages import STAGES, sample_loss
+from easyref.training.stages import parts, sample_loss
 from easyref.training.store import Disk, Store
 from tests.projects import small_data
 
@@ -272,7 +272,7 @@ def test_microbatches_have_one_size_and_like_numbers_of_references(params: Param
 def test_any_split_of_an_update_gives_the_gradients_of_one_image_at_a_time(stage: str, params: Params, heap: TrainingImages) -> None:
     p = getattr(params, stage)
     models = load_models(params, Path("models"), p.lora_rank or None, "fp32")
-    trained, _ = models.trainable(STAGES[stage].trains)
+    trained, _ = models.trainable(parts(stage, p))
     inputs = Inputs(models, heap, frozen_prefix=stage == "pretrain", framing=KEPT)
 
     def gradients(most: int) -> tuple[float, list[torch.Tensor]]:

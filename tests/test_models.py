@@ -34,7 +34,7 @@ def test_bf16_rounds_the_frozen_base_and_nothing_that_is_trained(stage: str, ima
     params = nano(stage, precision="bf16")
     p = getattr(params, stage)
     models = load_models(params, MODELS, p.lora_rank or None, p.precision)
-    trained, _ = models.trainable(stages.STAGES[stage].trains, p.new_part_rate)
+    trained, _ = models.trainable(stages.parts(stage, p), p.new_part_rate)
     assert models.unet.conv_in.weight.dtype == torch.bfloat16
     assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
     inputs = stages.Inputs(models, images, frozen_prefix="mllm" not in stages.STAGES[stage].trains)
@@ -46,7 +46,7 @@ def test_bf16_rounds_the_frozen_base_and_nothing_that_is_trained(stage: str, ima
 def test_rates_are_by_part_and_come_before_that_of_new_parts() -> None:
     p = nano("finetune_multi", new_part_rate=3.0, rates={"vision": 0.1, "lora": 2.0, "projector": 5.0}).finetune_multi
     models = load_models(nano("reference"), MODELS, p.lora_rank, "fp32")
-    trained, factors = models.trainable(stages.STAGES["finetune_multi"].trains, p.new_part_rate, p.rates)
+    trained, factors = models.trainable(stages.parts("finetune_multi", p), p.new_part_rate, p.rates)
     assert factors.keys() == trained.keys() == models.named_parameters().keys()
     expected = {
         "encoder.reference_tokens": 3.0, "encoder.projector.": 5.0, "adapter.reference_kv.": 3.0, "adapter.lora.": 2.0,
@@ -56,7 +56,7 @@ def test_rates_are_by_part_and_come_before_that_of_new_parts() -> None:
         assert {factors.pop(name) for name in trained if name.startswith(prefix)} == {factor}, prefix
     assert not factors
     with pytest.raises(ValueError, match="rates: vision is not trained in this stage, which trains final_layer, .* leave it out"):
-        models.trainable(stages.STAGES["pretrain"].trains, rates={"vision": 0.1})
+        models.trainable(stages.ALIGNMENT, rates={"vision": 0.1})
 
 
 @pytest.mark.parametrize("init", ["text", "zero"])
@@ -84,7 +84,7 @@ def test_a_frozen_prefix_with_cached_vision_gives_the_tokens_of_the_whole_encode
 
 
 def gradients(models: Models, images: TrainingImages) -> dict[str, torch.Tensor]:
-    trained, _ = models.trainable(stages.STAGES["finetune_multi"].trains, 1.0)
+    trained, _ = models.trainable((*stages.STAGES["finetune_multi"].trains, "lora"), 1.0)
     samples = [stages.Sample(0, (1, 2), "farmer"), stages.Sample(3, (1,), "")]
     stages.sample_loss(models, stages.Inputs(models, images, frozen_prefix=False), samples, 0, ["a", "b"], None).backward()
     found = {name: tensor.grad for name, tensor in trained.items()}

@@ -119,7 +119,7 @@ def test_sdxl_is_planned_without_weights_and_network(monkeypatch, tmp_path: Path
     params = load_params("presets/sdxl.yaml")
     assert {name: plan._count([model]) for name, model in plan.base_models(params, tmp_path).items()} == PUBLISHED
     models = plan.easyref_models(params, tmp_path, None, "bf16")
-    trained, _ = models.trainable(stages.STAGES["pretrain"].trains)
+    trained, _ = models.trainable(stages.parts("pretrain", params.pretrain))
     d, kv, x = 1536, 2 * 128, 2048
     layer = 2 * d * d + d + 2 * (d * kv + kv) + 3 * d * 8960 + 2 * d + d  # with the final norm
     projector = d * d + d + d * x + x + 2 * x

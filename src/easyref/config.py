@@ -440,6 +440,10 @@ class Params(Section):
                     f"{name}.max_references {stage.max_references} is over reference.max_references "
                     f"{self.reference.max_references}; lower it"
                 )
+        for before, after in (("pretrain", "finetune_single"), ("finetune_single", "finetune_multi")):
+            has, wants = (getattr(self, name).lora_rank for name in (before, after))
+            if has and has != wants:
+                raise ValueError(f"{after}.lora_rank {wants} is not that of {before}, {has}, whose LoRA goes on; set both alike")
         text = self.base.text_to_image
         if self.align and text and self.reference.num_tokens > text.text_tokens:
             raise ValueError(

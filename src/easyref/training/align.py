@@ -5,8 +5,8 @@ tokens are first brought into a language that the UNet can read, and made to hol
 - T reference tokens regress onto the first T states that the text encoders give for the whole caption of the target, colours included.
   With K_ref and V_ref copied from the text's, references then act like a caption nobody had to write. The null reference takes the
   empty caption.
-- One linear map of each token regresses onto its share of the target's latents, as no caption says how a thing looks. This holds for
-  images of concepts never seen, where the captions do not.
+- One linear map of each token regresses onto its share of the target's latents, a patch as the MLLM's image tokens are, as no caption
+  says how a thing looks. This holds for images of concepts never seen, where the captions do not.
 The MLLM learns with them: one that was trained on captions alone has forgotten what an image looks like. `pretrain` leaves it as it is.
 
 Letters: B batch · T reference tokens · X cross-attention width · E latent values of a token · C,h,w latents.

@@ -121,6 +121,7 @@ def average(folder: Path, checkpoint: Path, width: float, out: Path) -> str:
     with ExitStack() as opened:
         whole = opened.enter_context(safe_open(checkpoint / weights.WEIGHTS, "pt"))
         snapshots = [opened.enter_context(safe_open(file, "pt")) for file in files]
+        dtype = next(whole.get_tensor(name).dtype for name in whole.keys())  # noqa: SIM118
         averaged = {name.split("/", 1)[1] for name in snapshots[0].keys()}  # noqa: SIM118 (no mapping)
         tensors = {}
         for name in whole.keys():  # noqa: SIM118
@@ -131,6 +132,6 @@ def average(folder: Path, checkpoint: Path, width: float, out: Path) -> str:
             for factor, (snapshot, w) in zip(factors_S, ((s, w) for s in snapshots for w in WIDTHS), strict=True):
                 total += float(factor) * snapshot.get_tensor(f"{w}/{name}").double()
             tensors[name] = total.float()
-    weights.save(out, tensors, config, torch.float32)
+    weights.save(out, tensors, config, dtype)
     done = f"{len(averaged)} tensors averaged over {len(files)} snapshots up to image {t_S[-1]:.0f}"
     return f"{out}: {done}, {max(missed, 0):.1e} of the average missed"

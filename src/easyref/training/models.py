@@ -26,7 +26,7 @@ from easyref.training.engine import BLOCKS
 #: Parts that start from nothing or from a copy, and may learn faster (`new_part_rate`).
 NEW_PARTS = ("reference_tokens", "projector", "reference_kv")
 CHECKPOINT = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass

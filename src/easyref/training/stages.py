@@ -31,7 +31,7 @@ from easyref.training.ema import Averages
 from easyref.training.engine import Engine
 from easyref.training.inputs import NULL, Inputs, Sample, Sampler, keep_frozen, microbatches, open_store
 from easyref.training.loss import diffusion_loss, noised
-from easyref.training.models import Models, load_models
+from easyref.training.models import DTYPES, Models, load_models
 from easyref.training.samples import Pictures
 from easyref.training.state import remove_state
 from easyref.training.trainer import Task, train
@@ -39,22 +39,22 @@ from easyref.training.trainer import Task, train
 
 @dataclass(frozen=True)
 class Spec:
-    trains: tuple[str, ...]  # names of ReferenceEncoder.parts() and Adapter.parts()
+    trains: tuple[str, ...]  # names of ReferenceEncoder.parts() and Adapter.parts(); LoRA comes with its rank
     starts_from: str | None
 
 
 ALIGNMENT = ("final_layer", "reference_tokens", "projector", "reference_kv")
 STAGES = {
     "pretrain": Spec(ALIGNMENT, None),
-    "finetune_single": Spec((*ALIGNMENT, "vision", "mllm", "lora"), "pretrain"),
-    "finetune_multi": Spec((*ALIGNMENT, "vision", "mllm", "lora"), "finetune_single"),
+    "finetune_single": Spec((*ALIGNMENT, "vision", "mllm"), "pretrain"),
+    "finetune_multi": Spec((*ALIGNMENT, "vision", "mllm"), "finetune_single"),
 }
 
 
 def parts(name: str, p: Stage) -> tuple[str, ...]:
-    """What the stage trains under its parameters. LoRA wherever it has a rank: in the paper's pretraining it has none."""
+    """What the stage trains under its parameters. In the paper's pretraining LoRA has no rank."""
     lora = ("lora",) if p.lora_rank else ()
-    return tuple(part for part in dict.fromkeys((*STAGES[name].trains, *lora)) if part not in p.freeze)
+    return tuple(part for part in (*STAGES[name].trains, *lora) if part not in p.freeze)
 
 
 def frozen_prefix(trains: Collection[str]) -> bool:
@@ -152,7 +152,7 @@ def run_stage(
     tensors = engine.gather(weights.tensors(models.encoder, models.adapter, checkpoint.has_mllm))
     if not engine.main:
         return
-    weights.save(out, tensors, checkpoint, torch.float16 if p.stored == "fp16" else torch.float32)
+    weights.save(out, tensors, checkpoint, DTYPES[p.stored])
     write_curves(state.with_suffix(".jsonl"), curves)
     if warm:
         write_curves(warm.with_suffix(".jsonl"), curves / "align")
