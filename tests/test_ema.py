@@ -98,6 +98,16 @@ def test_factors_are_those_of_an_average_and_exact_for_what_is_stored() -> None:
     assert factors.sum() == pytest.approx(1) and 0.01 < missed < 1
 
 
+def test_an_averaged_checkpoint_keeps_its_precision(place: Path, tmp_path: Path) -> None:
+    whole = load_file(place / "trained" / weights.WEIGHTS)
+    for dtype in (torch.float16, torch.float32):
+        weights.save(tmp_path / "trained", whole, CONFIG, dtype)
+        average(place / "x.ema", tmp_path / "trained", 0.12, tmp_path / "out")
+        found = load_file(tmp_path / "out" / weights.WEIGHTS)
+        assert {tensor.dtype for tensor in found.values()} == {dtype}
+        torch.testing.assert_close(found["moving"].double(), explicit(place, 0.12), rtol=2e-3, atol=2e-2)
+
+
 def test_what_cannot_be_made_is_one_line(place: Path, tmp_path: Path) -> None:
     trained, few = place / "trained", tmp_path / "few.ema"
     few.mkdir()
