@@ -239,7 +239,6 @@ def doing_or_dying(job: Any, do: partial[None], marks: Path) -> None:
 
 @pytest.mark.long
 def test_ray_finds_the_same_groups_when_workers_are_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neighbours, "COSINES", 2000)
     monkeypatch.setattr(neighbours, "CELLS", 1)
     vectors, params = clustered(2000), learning_subjects(0.4)
     embedded(tmp_path / "one", [f"{i:016x}" * 4 for i in range(2000)], vectors, [np.arange(2000)])
@@ -253,7 +252,7 @@ def test_ray_finds_the_same_groups_when_workers_are_killed(tmp_path: Path, monke
     write_table(tmp_path / "local.parquet", learned_groups(spaces, params, tmp_path / "work", 0))
     monkeypatch.setattr(group, "run", killing)
     write_table(tmp_path / "ray.parquet", learned_groups(spaces, params, tmp_path / "work", 0, "ray"))
-    assert {mark.name for mark in marks.iterdir()} == {"_probe", "_pairs"}
+    assert {mark.name for mark in marks.iterdir()} == {"_divide", "_probe", "_pairs"}
     assert (tmp_path / "local.parquet").read_bytes() == (tmp_path / "ray.parquet").read_bytes()
 
 

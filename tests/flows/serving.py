@@ -50,6 +50,7 @@ def make_project(place: Path) -> None:
     Image.new("RGB", (8, 8)).save(place / "picture.png")
     (place / "counter.py").write_text(COUNTER)
     stages = {
+        "embed": {"cmd": "echo vectors > vectors", "outs": ["vectors"]},
         "counter": {"cmd": f"{sys.executable} counter.py", "outs": ["counter"]},
         "finetune_multi": {"cmd": f"cp -r {ROOT}/models/pretrain models/finetune_multi", "outs": ["models/finetune_multi"]},
         "evaluate": {
