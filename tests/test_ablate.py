@@ -55,6 +55,20 @@ def test_an_unknown_ablation_names_the_known_ones(name: str) -> None:
     assert "not one of tokens, layer, attention, stages, drops" in str(found.exception)
 
 
+@pytest.mark.parametrize("name", ["layer", "attention"])
+def test_a_table_has_the_papers_figures_where_it_has_any(name: str) -> None:
+    gap = {"mean": 0.01, "low": -0.02, "high": 0.04}
+    fidelity = {"right": 0.1, "samples": 48, "groups": 24, "right_minus_shuffled": gap, "right_minus_none": gap}
+    names = list(ablate.variants(name, load_params(NANO)))
+    entry = {"fidelity": fidelity, "held_out_loss": 0.45, "right_minus_base": {"fidelity": gap}}
+    paper = ablate.PAPER.get(name)
+    result = {"variants": dict.fromkeys(names, entry), "base": names[0], "share": 0.1, "images": 7616}
+    table = ablate.table(result | {"paper_clip_i_clip_t_dino_i": paper}).splitlines()
+    assert len({line.count("|") for line in table[: 2 + len(names)]}) == 1
+    assert table[2].startswith(f"| {names[0]} | 0.4500 | 0.100 |  | +0.010 [-0.020, +0.040] |")
+    assert ("paper" in table[0], "The paper" in table[-1]) == (bool(paper), bool(paper)) and "48 held-out samples in 24" in table[-1]
+
+
 @pytest.mark.long
 def test_an_ablation_runs_and_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = yaml.safe_load(NANO.read_text())

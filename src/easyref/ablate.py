@@ -157,7 +157,7 @@ def shortened(params: Params, share: float) -> Params:
 def table(result: dict[str, Any]) -> str:
     """The variants in Markdown: held-out fidelity, what it is over the base's, what the right references bring, the paper's figures;
     and how to read it."""
-    base, paper = result["base"], result["paper_clip_i_clip_t_dino_i"]
+    base, paper = result["base"], result["paper_clip_i_clip_t_dino_i"] or ()
     heads = ["variant", "held-out loss", "fidelity", f"over {base}", "over shuffled references", "over none"]
     heads += ["paper: CLIP-I, CLIP-T, DINO-I"] if paper else []
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
@@ -166,7 +166,7 @@ def table(result: dict[str, Any]) -> str:
         gaps = [entry["right_minus_base"]["fidelity"], f["right_minus_shuffled"], f["right_minus_none"]]
         cells = [variant, f"{entry['held_out_loss']:.4f}", f"{f['right']:.3f}", *map(interval, gaps)]
         cells[3] = "" if variant == base else cells[3]
-        lines.append(f"| {' | '.join(cells + [paper[number]] * bool(paper))} |")
+        lines.append(f"| {' | '.join(cells + list(paper[number : number + 1]))} |")
     first = next(iter(result["variants"].values()))["fidelity"]
     notes = NOTES.format(images=result["images"], share=result["share"], samples=first["samples"], groups=first["groups"])
     return "\n".join([*lines, "", notes + PAPER_NOTE * bool(paper)])
