@@ -1,5 +1,6 @@
 """Pictures that say how they were made: settings in the PNG, `easyref generate --from`, references found again, bad input."""
 
+import base64
 import io
 import re
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 
 from easyref.cli import app
 from easyref.data.shards import ImageStore
-from easyref.drawing import PNG_KEY, Artist, Reference, Settings, Wish, parse_scale
+from easyref.drawing import PNG_KEY, Artist, Reference, Settings, Wish, _file, parse_scale
 from easyref.images import ImageError
 from easyref.records import sha256_file
 from easyref.seeds import numpy_rng
@@ -94,6 +95,13 @@ def test_generate_from_a_picture_draws_the_same_bits(tmp_path: Path, references:
     generate("--from", str(made), *files, "--prompt", "star", "--seed", "5", "--out", str(tmp_path / "three"))
     third = Settings.read(tmp_path / "three" / "5.png")
     assert third and (third.prompt, third.scale, third.batch, third.references[0].weight) == ("star", 1.25, [5], 2.0)
+    more = generate("--from", str(made), *files, "--num", "2", "--out", str(tmp_path / "four"))
+    assert [Path(name).name for name in more] == ["5.png", "6.png"], "from the picture's own seed on"
+
+
+def test_base64_is_no_path_however_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EASYREF_REFERENCES", str(tmp_path))
+    assert _file(base64.b64encode(bytes(600)).decode(), "references[0]") == bytes(600), "a name of a file has 255 bytes at most"
 
 
 def test_every_control_changes_the_picture_and_is_drawn_again(

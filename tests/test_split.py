@@ -13,6 +13,7 @@ from easyref.data.captions import SHARED
 from easyref.data.group import label_groups
 from easyref.data.shards import ImageStore
 from easyref.data.split import near_pairs, split_images, thumbnails
+from easyref.records import SAMPLE_COLUMNS
 
 IMAGES = Path("data/images")
 
@@ -66,6 +67,24 @@ def test_samples_are_leave_one_out_and_hide_what_references_share(tables) -> Non
         for name in SHARED[s["kind"]]:
             if name in ("style", "tone") and label[name]:
                 assert label[name] not in words
+
+
+def test_given_groups_of_three_are_trained_on_and_others_images_are_refused(tables) -> None:
+    _, _, params = tables
+    store = ImageStore(IMAGES)
+    of_concept = store.table.group_by("concept", maintain_order=True).agg("sha256").filter(pl.col("sha256").list.len() >= 3).head(40)
+    store.table = store.table.filter(store.table["concept"].is_in(of_concept["concept"].to_list()))
+    groups = of_concept.select(
+        pl.col("concept").alias("group_id"), pl.lit("given").alias("kind"), pl.lit("").alias("split"),
+        pl.col("sha256").list.head(3).alias("members"),
+    )  # fmt: skip
+    made = split_images(store, groups, params.split, 0)
+    assert made["groups"].height == 40 and set(made["groups"]["split"]) == {"train", "held_out"}
+    assert made["samples"].is_empty() and made["samples"].columns == list(SAMPLE_COLUMNS), "samples need four images"
+    with pytest.raises(ValueError, match="nothing to train on"):
+        split_images(store, groups.with_columns(pl.col("members").list.head(1)), params.split, 0)
+    with pytest.raises(ValueError, match="groups are of other images"):
+        split_images(store, groups.with_columns(pl.lit(["0" * 64], pl.List(pl.String)).alias("members")), params.split, 0)
 
 
 def test_split_is_the_same_for_the_same_seed_and_another_for_another(tables) -> None:

@@ -83,10 +83,10 @@ def split(params: ParamsFile = PARAMS) -> None:
         for name, table in tables.items():
             write_table(folder / f"{name}.parquet", table)
     print(", ".join(f"{k} {n}" for k, n in sorted(tables["images"]["split"].value_counts().iter_rows())))
-    if "held_out" not in tables["images"]["split"]:
+    if "held_out" not in tables["samples"]["split"]:
         print(
-            "nothing is held out: names, near duplicates and groups connect the images; "
-            "more folders or captions of their own tell them apart, and split.held_out_share may be larger"
+            "no held-out samples, by which every training is judged: split.held_out_share is too small, or names, near duplicates and "
+            "groups connect the images (folders or captions of their own tell them apart), or held-out groups have under four images"
         )
 
 
@@ -420,7 +420,11 @@ def generate(
         wish = Wish(**{name: getattr(wish if name in given else settings, name) for name in Wish.model_fields})
         positive = [used for used in settings.references if not used.negative]
         weights = weight or [used.weight for used in positive]
-        if not given & {"seed", "num"}:
+        if given & {"seed", "num"}:
+            first = seed if "seed" in given else settings.seed
+            seeds = list(range(first, first + num))
+            batches = _batches(seeds)
+        else:
             batches, seeds = [settings.batch], [settings.seed]
         folders = [origin.parent, Path()]
         paths = find(positive, paths, folders)

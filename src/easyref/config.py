@@ -397,7 +397,7 @@ class MRBench(Section):
     lora: GroupLora
     seeds: int = Field(ge=2)  # of a sample, for variety
     seed_samples: PositiveInt
-    counts: list[PositiveInt]  # of references, given to the same samples
+    counts: Annotated[list[PositiveInt], Field(min_length=1)]  # of references, given to the same samples
     count_samples: PositiveInt
     clip: Model | None  # clip_i, clip_t
     dino: Model | None  # dino_i
@@ -444,6 +444,9 @@ class Params(Section):
             has, wants = (getattr(self, name).lora_rank for name in (before, after))
             if has and has != wants:
                 raise ValueError(f"{after}.lora_rank {wants} is not that of {before}, {has}, whose LoRA goes on; set both alike")
+        for key, most in (("mrbench.counts", max(self.mrbench.counts)), ("split.max_references", self.split.max_references)):
+            if most > self.reference.max_references:
+                raise ValueError(f"{key} {most} is over reference.max_references {self.reference.max_references}; lower it")
         text = self.base.text_to_image
         if self.align and text and self.reference.num_tokens > text.text_tokens:
             raise ValueError(

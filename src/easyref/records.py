@@ -35,6 +35,8 @@ FACE_COLUMNS = ("sha256", "left", "top", "right", "bottom")
 GROUP_COLUMNS = ("group_id", "kind", "split", "members")
 #: samples.parquet: one row a leave-one-out sample (method.md §5): references → target under `prompt`.
 SAMPLE_COLUMNS = ("sample_id", "group_id", "kind", "split", "target", "references", "prompt")
+#: Beside base models from the hub: by folder, id and revision.
+HUB = "hub.json"
 
 
 def sha256_bytes(data: bytes) -> str:

@@ -29,7 +29,7 @@ from easyref.data.check import Checked
 from easyref.data.dataset import TrainingImages
 from easyref.data.group import label_groups
 from easyref.data.shards import ImageStore
-from easyref.data.sources import Found
+from easyref.data.sources import Found, from_folder
 from easyref.data.split import split_images
 from easyref.images import Reason
 from easyref.records import read_table, write_table
@@ -301,6 +301,8 @@ def test_tars_give_captions_and_refuse_what_leaves_them(tmp_path: Path) -> None:
         ("../evil.png", GOOD), ("/etc/evil.png", GOOD), ("model.pkl", b"\x80\x04."), ("x.npy", b"\x93NUMPY"),
         (link("soft.png", tarfile.SYMTYPE, "/etc/passwd"), b""), (link("hard.png", tarfile.LNKTYPE, "000.jpg"), b""),
         ("bad.png", encoded(picture(5))), ("bad.json", b"{not json"),
+        ("deep.png", encoded(picture(6))), ("deep.json", b"[" * 200_000),
+        ("forged.png", encoded(picture(7))), ("forged.json", json.dumps({"refused": ["format", "x"], "group": 0}).encode()),
     ])  # fmt: skip
     pack(folder / "00001.tar", [(f"{i}.png", encoded(picture(50 + i))) for i in range(6)])
     data = bytearray((folder / "00001.tar").read_bytes())
@@ -310,17 +312,58 @@ def test_tars_give_captions_and_refuse_what_leaves_them(tmp_path: Path) -> None:
     (folder / "00001.tar").write_bytes(data)
     (folder / "00002.tar").write_bytes(b"no tar at all" * 100)
     (folder / "00003.tar").write_bytes(zlib.compress(b"x" * 1000))
+    long_name = tarfile.TarInfo("././@LongLink")
+    long_name.type, long_name.size = tarfile.GNUTYPE_LONGNAME, 1
+    (folder / "00004.tar").write_bytes((long_name.tobuf() + b"x".ljust(tarfile.BLOCKSIZE, b"\0")) * 3000)  # each names the next
     ingest.ingest(settings("tar", folder, max_reject_share=0.9), tmp_path / "images", tmp_path / "work")
     table, rejects = (read_table(tmp_path / "images" / f"{name}.parquet") for name in ("images", "rejects"))
     rows = {row["source"]: row for row in table.iter_rows(named=True)}
-    assert set(rows) == {"00000.tar/000.jpg", "00000.tar/dog/1.png", "00001.tar/0.png", "00001.tar/1.png", "00001.tar/2.png"}
+    whole = ["00000.tar/000.jpg", "00000.tar/dog/1.png", "00000.tar/forged.png", *(f"00001.tar/{i}.png" for i in range(3))]
+    assert list(rows) == whole and rows["00000.tar/forged.png"]["concept"] == "0"
     assert rows["00000.tar/000.jpg"]["caption"] == "a red thing"
     assert (rows["00000.tar/000.jpg"]["licence"], rows["00000.tar/dog/1.png"]["caption"]) == ("CC0", "a dog")
     assert rows["00000.tar/dog/1.png"]["concept"] == "dogs"
     assert dict(rejects.select("name", "reason").iter_rows()) == {
         "00000.tar/../evil.png": "member", "00000.tar//etc/evil.png": "member", "00000.tar/soft.png": "member",
-        "00000.tar/hard.png": "member", "00000.tar/bad.png": "record", "00001.tar": "tar", "00002.tar": "tar", "00003.tar": "tar",
+        "00000.tar/hard.png": "member", "00000.tar/bad.png": "record", "00000.tar/deep.png": "record",
+        "00001.tar": "tar", "00002.tar": "tar", "00003.tar": "tar",
+        "00004.tar": "tar",
     }  # fmt: skip
+
+
+def test_a_caption_is_not_read_through_a_link_that_leaves_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "heap").mkdir()
+    for name, target in (("out", tmp_path / "secret"), ("in", tmp_path / "heap" / "words")):
+        (tmp_path / "heap" / f"{name}.png").write_bytes(GOOD)
+        (tmp_path / "heap" / f"{name}.txt").symlink_to(target)
+    (tmp_path / "heap" / "words").write_text("a red thing")
+    assert [(found.name, found.caption) for found in from_folder(tmp_path / "heap")] == [("in.png", "a red thing"), ("out.png", "")]
+
+
+def test_an_image_that_raises_what_nobody_knows_is_one_reject() -> None:
+    found = [Found("odd.png", "odd.png", refused=("anything",)), Found("gone.png", "gone.png")]  # type: ignore[arg-type]
+    with check.Checker(SIZE, settings("folder", None).ingest.limits) as checker:
+        rejected = list(checker(found))
+    assert [(r.reason, r.detail.split(":")[0]) for r in rejected if isinstance(r, check.Rejected)] == [
+        ("crash", "odd.png"), ("missing", "gone.png"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
+def test_a_face_is_where_the_image_is_turned_to_in_every_format(tmp_path: Path, kind: str) -> None:
+    """Orientation 6: the top of the file is the image's right side."""
+    (tmp_path / "a").write_bytes(encoded(picture(1, 64, 96), kind, exif=exif(6)))
+    limits = settings("folder", None).ingest.limits
+    checked = check.check(Found("a", str(tmp_path / "a"), face=(8, 16, 40, 32)), 64, limits)
+    assert isinstance(checked, Checked) and (checked.width, checked.height) == (96, 64) and checked.face == [64, 8, 80, 40]
+
+
+def test_a_telephones_jpeg_stays_one(tmp_path: Path) -> None:
+    """With a second picture behind it, which Pillow calls MPO."""
+    (tmp_path / "a.jpg").write_bytes(encoded(picture(1, 64, 96), "MPO", save_all=True, append_images=[picture(2, 64, 96)]))
+    checked = check.check(Found("a", str(tmp_path / "a.jpg")), 32, settings("folder", None).ingest.limits)
+    assert isinstance(checked, Checked) and checked.suffix == "jpg"
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl", "csv"])
@@ -328,13 +371,13 @@ def test_tables_of_paths_and_captions(tmp_path: Path, suffix: str) -> None:
     for number in range(3):
         (tmp_path / f"{number}.png").write_bytes(encoded(picture(number)))
     rows = pl.DataFrame(
-        {"file_name": ["0.png", "1.png", "2.png", "gone.png", None], "text": ["a", "b", None, "d", "e"], "group": ["g"] * 5}
+        {"file_name": ["0.png", "1.png", "2.png", "gone.png", None], "text": ["a", "b", None, "d", "e"], "group": [0] * 5}
     )
     table = tmp_path / f"table.{suffix}"
     {"parquet": rows.write_parquet, "jsonl": rows.write_ndjson, "csv": rows.write_csv}[suffix](table)
     ingest.ingest(settings("table", table, max_reject_share=0.9), tmp_path / "out" / "images", tmp_path / "work")
     made = read_table(tmp_path / "out" / "images" / "images.parquet")
-    assert made.select("source", "caption", "concept").rows() == [("0.png", "a", "g"), ("1.png", "b", "g"), ("2.png", "g", "g")]
+    assert made.select("source", "caption", "concept").rows() == [("0.png", "a", "0"), ("1.png", "b", "0"), ("2.png", "0", "0")]
     rejects = read_table(tmp_path / "out" / "images" / "rejects.parquet")
     assert rejects["reason"].to_list() == ["missing", "record"]
     rows.rename({"file_name": "url"}).write_parquet(tmp_path / "other.parquet")
@@ -349,6 +392,7 @@ def test_tables_of_paths_and_captions(tmp_path: Path, suffix: str) -> None:
         ('[{"target": "a.png"}]', "KeyError"),
         ("[1]", "TypeError"),
         ("[", "JSONDecode"),
+        ('[{"target": "a.png", "text": null}]', "text is words"),
         ('[{"target": "a.png", "text": "", "face": [[1, 2, 3]]}]', "a face has four numbers"),
         ('[{"target": "a.png", "text": "", "face": [[1, 2, 3, NaN]]}]', "a face has four numbers"),
     ],

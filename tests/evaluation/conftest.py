@@ -35,7 +35,8 @@ def emoji() -> Emoji:
         x, y = i % 24 * 64, i // 24 * 64
         image = sheet.crop((x, y, x + 64, y + 64))
         pixels[hashlib.sha256(image.tobytes()).hexdigest()] = image
-    table = pl.DataFrame(about["images"], schema=about["columns"], orient="row").with_columns(sha256=pl.Series(list(pixels)))
+    table = pl.DataFrame(about["images"], schema=about["columns"], orient="row")
+    table = table.with_columns(pl.lit("emoji").alias("category"), sha256=pl.Series(list(pixels)))
     return Emoji(table, samples_of(table), pixels)
 
 

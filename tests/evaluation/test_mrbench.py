@@ -223,6 +223,13 @@ def test_a_group_lora_learns_its_references_and_leaves_the_base_as_it_was(pictur
     assert after < 0.97 * reconstruction(pipe, pictures[:2]), "the loss on the references falls"
 
 
+def test_a_group_lora_is_tuned_in_half_precision(pictures: list[Image.Image]) -> None:
+    pipe = EasyRef.base_pipeline("models/pretrain", dtype=torch.bfloat16)
+    with tuned(pipe, [pictures[:2]], [["cat"] * 2], LORA.model_copy(update={"steps": 1}), 0):
+        (image,) = pipe(prompt=["cat"], num_inference_steps=2, guidance_scale=2.0).images
+    assert np.asarray(image).std() > 5
+
+
 def test_loras_side_by_side_learn_what_peft_learns_for_each_alone(pictures: list[Image.Image]) -> None:
     """Loss and gradients of two samples in one call are those of peft's LoRA with the weights of either; clipped apart, too."""
     unet = EasyRef.base_pipeline("models/pretrain").unet.requires_grad_(False)

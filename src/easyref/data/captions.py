@@ -15,9 +15,14 @@ SHARED = {
 }
 
 
+def is_caption(labels: Mapping[str, str]) -> bool:
+    """Whether the words of an image, which is of a heap, are one caption."""
+    return labels.get("category") in ("", GIVEN)
+
+
 def caption(labels: Mapping[str, str], hide: Collection[str] = ("colors",)) -> str:
     """`farmer, woman, dark skin, twemoji style`, without the labels named in `hide`; never empty."""
-    if labels.get("category") in ("", GIVEN):
+    if is_caption(labels):
         return labels["subject"]
     shown = {name: labels[name] for name in LABELS if labels[name] and name not in hide}
     words = [shown.get("subject", "emoji"), shown.get("gender", "")]
@@ -28,7 +33,7 @@ def caption(labels: Mapping[str, str], hide: Collection[str] = ("colors",)) -> s
 
 def invented(subject: str, other: str) -> str:
     """Words that do not exist: the first halves of those of `subject` with second halves of those of `other`."""
-    ends = [word[len(word) // 2 :] for word in other.split()]
+    ends = [word[len(word) // 2 :] for word in other.split()] or [""]
     return " ".join(word[: (len(word) + 1) // 2] + ends[i % len(ends)] for i, word in enumerate(subject.split()))
 
 

@@ -17,7 +17,7 @@ from easyref.data.sources import Found
 from easyref.images import ImageError, Limits, Reason, file_suffix, open_image, to_png, turned_box
 from easyref.records import sha256_bytes
 
-LOSSY = ("JPEG", "WEBP")
+LOSSY = ("JPEG", "MPO", "WEBP")  # MPO: a JPEG with more pictures behind it, as telephones write
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ def check(found: Found, size: int, limits: IngestLimits) -> Checked | Rejected:
             orientation = raw.getexif().get(0x0112, 1)
             kept = kept and orientation == 1 and getattr(raw, "n_frames", 1) == 1
             kind = raw.format or ""
+        # not raw.size: Pillow turns a TIFF's, and no other format's, as its EXIF says
+        width, height = image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
         scale = size / min(image.size)
         if scale != 1:
             shape = [max(size, round(side * scale)) for side in image.size]
@@ -60,7 +62,7 @@ def check(found: Found, size: int, limits: IngestLimits) -> Checked | Rejected:
         return Rejected("crash", f"{found.name}: more memory than memory_mib {limits.memory_mib}; shrink it")
     face = None
     if found.face:
-        box = turned_box(found.face, orientation, *raw.size)
+        box = turned_box(found.face, orientation, width, height)
         face = [min(max(0, round(at * scale)), most) for at, most in zip(box, image.size * 2, strict=True)]
         if face[0] >= face[2] or face[1] >= face[3]:
             return Rejected("record", f"{found.name}: its face {found.face} is not inside of it; correct it, or leave it out")
@@ -112,6 +114,8 @@ class Checker:
                 yield Rejected("timeout", f"{one.name}: took more than seconds {limits.seconds:g}; save it again, smaller")
             except (ProcessExpired, MemoryError):
                 yield Rejected("crash", f"{one.name}: ended the process that read it; save it again")
+            except Exception as error:  # whatever a decoder raises that nobody knows: of this image alone
+                yield Rejected("crash", f"{one.name}: {type(error).__name__} ({error}); save it again")
 
 
 def _confine(memory: int) -> None:

@@ -45,6 +45,8 @@ class TrainingImages:
     def __init__(self, data: Path, sha256s: Sequence[str] | None = None) -> None:
         self.store = ImageStore(data / "images")
         splits = dict(read_table(data / "split" / "images.parquet", ("sha256", "split")).iter_rows())
+        if not splits.keys() >= self.store.rows.keys():
+            raise ValueError(f"{data / 'split'} is of other images than those ingested; run `easyref group` and `easyref split` again")
         self.sha256s = list(sha256s) if sha256s is not None else [s for s in self.store.rows if splits[s] == "train"]
         self.labels = [self.store.rows[s] for s in self.sha256s]
         counts = Counter(label["concept"] for label in self.labels)

@@ -60,6 +60,8 @@ def fetch(emoji_set: EmojiSet, folder: Path) -> Path:
                 subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
             except FileNotFoundError as error:
                 raise RuntimeError("npm: not found; install Node.js, or get the rendered images with `dvc pull ingest`") from error
+            except subprocess.TimeoutExpired as error:
+                raise RuntimeError(f"npm pack {spec}: no answer in {error.timeout:g} s; try again, or `dvc pull ingest`") from error
             except subprocess.CalledProcessError as error:
                 raise RuntimeError(f"npm pack {spec} failed: {error.stderr.strip()[-200:]}") from error
             next(Path(temporary).glob("*.tgz")).replace(target)

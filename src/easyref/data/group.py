@@ -73,8 +73,8 @@ TEXTURE = 0.5  # what shallow features count for beside colours: best of 0, 0.5 
 
 def label_groups(images: pl.DataFrame, params: Group) -> pl.DataFrame:
     """Groups of `images` as a table `group_id, kind, split, members`; `split` is empty until the stage `split`."""
-    tables = [_groups_of_kind(images, kind, params) for kind in params.kinds]
-    return pl.concat(tables).sort("group_id")
+    none = pl.DataFrame(schema={"group_id": pl.String, "kind": pl.String, "split": pl.String, "members": pl.List(pl.String)})
+    return pl.concat([none, *(_groups_of_kind(images, kind, params) for kind in params.kinds)]).sort("group_id")
 
 
 Space = tuple[list[str], Vectors]  # of each row the image, and its vector

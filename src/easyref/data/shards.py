@@ -59,7 +59,7 @@ class ImageStore:
         """The encoded image, checked against its hash."""
         row = self.rows.get(sha256)
         if row is None:
-            raise KeyError(f"{self.folder}: no image {sha256}; run `dvc repro ingest` or `dvc pull`")
+            raise ValueError(f"{self.folder}: no image {sha256}; run `dvc repro ingest` or `dvc pull`")
         return read_bytes(self.folder, row)
 
     def image(self, sha256: str) -> Image.Image:

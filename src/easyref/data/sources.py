@@ -28,6 +28,7 @@ COLUMNS = {
     "group": ("group",),
     "licence": ("licence", "license"),
 }
+FIELDS = ("caption", "group", "licence", "license")  # of the JSON beside an image in a tar
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,9 @@ def from_folder(folder: Path) -> Iterator[Found]:
                 yield Found(name, str(path), refused=("member", "a link that leaves the folder; copy the file"))
                 continue
             text = path.with_suffix(".txt")
-            caption, refused = _sidecar(text) if os.path.isfile(text) and text.stat().st_size <= MAX_SIDECAR else ("", None)
+            caption, refused = "", None
+            if os.path.isfile(text) and text.stat().st_size <= MAX_SIDECAR and Path(os.path.realpath(text)).is_relative_to(inside):
+                caption, refused = _sidecar(text)
             parent = path.parent.relative_to(folder).as_posix()
             yield Found(name, str(path), caption=caption, group="" if parent == "." else parent, refused=refused)
     for error in locked:
@@ -97,7 +100,7 @@ def from_tars(place: Path) -> Iterator[Found]:
         try:
             with tarfile.open(path, "r:") as tar:
                 yield from _members(path, tar)
-        except (tarfile.TarError, OSError, ValueError) as error:
+        except (tarfile.TarError, OSError, ValueError, RecursionError) as error:
             yield Found(path.name, str(path), refused=("tar", f"not a plain tar file ({error}); unpack or pack it again"))
 
 
@@ -124,13 +127,13 @@ def _members(path: Path, tar: tarfile.TarFile) -> Iterator[Found]:
                 caption, refused = _sidecar(file.read(), suffix)
                 values = caption if isinstance(caption, dict) else {"caption": caption}
                 known = beside.setdefault(key, {})
-                new = {k: v for k, v in values.items() if v} | ({"refused": refused} if refused else {})
+                new = {k: _words(values[k]) for k in FIELDS if _words(values.get(k))} | ({"refused": refused} if refused else {})
                 beside[key] = known | new if suffix == ".txt" else new | known  # of two captions, the text's
     for key, member in images:
         values = beside.get(key, {})
         yield Found(
-            f"{path.name}/{member.name}", str(path), member.offset_data, member.size, str(values.get("caption", "")),
-            str(values.get("group", "")), str(values.get("licence") or values.get("license") or ""), refused=values.get("refused"),
+            f"{path.name}/{member.name}", str(path), member.offset_data, member.size, values.get("caption", ""),
+            values.get("group", ""), values.get("licence") or values.get("license", ""), refused=values.get("refused"),
         )  # fmt: skip
     with open(path, "rb") as file:  # tarfile takes a broken header for the end of the archive
         file.seek(tar.offset)
@@ -146,7 +149,7 @@ def _sidecar(data: bytes | Path, suffix: str = ".txt") -> tuple[Any, tuple[Reaso
         if suffix == ".json" and not isinstance(values, dict):
             raise ValueError("not an object")
         return values, None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return "", ("record", f"the {suffix} file beside it cannot be read ({error})")
 
 
@@ -176,7 +179,7 @@ def from_table(path: Path) -> Iterator[Found]:
         if not isinstance(given, str) or not given:
             yield Found(f"{path.name}#{number}", str(path), refused=("record", "no path in this row"))
         else:
-            caption, group, licence = (str(values.get(name) or "") for name in ("caption", "group", "licence"))
+            caption, group, licence = (_words(values.get(name)) for name in ("caption", "group", "licence"))
             yield Found(given, str(path.parent / given), caption=caption, group=group, licence=licence)
 
 
@@ -195,6 +198,7 @@ def from_upstream(path: Path) -> Iterator[Found]:
         faces = {entry["target"]: tuple(map(float, entry["face"][0][:4])) for entry in entries if entry.get("face")}
         assert all(len(corners) == 4 and all(map(math.isfinite, corners)) for corners in faces.values()), "a face has four numbers"
         assert all(isinstance(name, str) and name for names in sets for name in names)
+        assert all(isinstance(text, str) for text in texts.values()), "text is words"
     except (ValueError, LookupError, TypeError, AssertionError, AttributeError) as error:
         raise ValueError(f"{path}: not a list of target, image_file, face and text ({type(error).__name__}: {error})") from error
     for names, entry in zip(sets, entries, strict=True):
@@ -204,6 +208,7 @@ def from_upstream(path: Path) -> Iterator[Found]:
 
     def root(name: str) -> str:
         while parent.setdefault(name, name) != name:
+            parent[name] = parent.setdefault(parent[name], parent[name])
             name = parent[name]
         return name
 
@@ -214,6 +219,11 @@ def from_upstream(path: Path) -> Iterator[Found]:
             parent[b] = a
     for name in sorted(parent):
         yield Found(name, str(path.parent / name), caption=texts[name], group=root(name), face=faces.get(name))
+
+
+def _words(value: Any) -> str:
+    """A field as text; a number is one, 0 too."""
+    return "" if value is None else str(value)
 
 
 def _listed(value: Any) -> list[Any]:

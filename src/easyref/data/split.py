@@ -16,8 +16,10 @@ import polars as pl
 from easyref.config import Split
 from easyref.data.captions import SHARED, caption
 from easyref.data.shards import ImageStore
+from easyref.records import GROUP_COLUMNS, SAMPLE_COLUMNS
 
 CANDIDATES = 2**14  # pairs at once
+SAMPLES = dict.fromkeys(SAMPLE_COLUMNS, pl.String) | {"references": pl.List(pl.String)}
 
 
 def thumbnails(store: ImageStore, sha256s: list[str]) -> np.ndarray:
@@ -41,7 +43,13 @@ def near_pairs(images: np.ndarray, distance: float) -> list[tuple[int, int]]:
 
 
 def split_images(store: ImageStore, groups: pl.DataFrame, params: Split, seed: int) -> dict[str, pl.DataFrame]:
-    """Tables `images` (sha256, split), `groups` (with `split`) and `samples`."""
+    """Tables `images` (sha256, split), `groups` (with `split`) and `samples`.
+
+    Raises:
+        ValueError: groups of other images, or none to train on.
+    """
+    if not store.rows.keys() >= {member for members in groups["members"] for member in members}:
+        raise ValueError(f"the groups are of other images than {store.folder} has; run `easyref group` again")
     images = store.table.sort("sha256")
     near = near_pairs(thumbnails(store, images["sha256"].to_list()), params.near_duplicate_distance)
     place = {s: i for i, s in enumerate(images["sha256"])}
@@ -53,7 +61,7 @@ def split_images(store: ImageStore, groups: pl.DataFrame, params: Split, seed: i
         {**g, "split": name, "members": members}
         for g in groups.sort("group_id").iter_rows(named=True)
         for name in ("held_out", "train")
-        if len(members := [m for m in g["members"] if side[m] == name]) >= (2 if _is_learned(g) else _least(g["kind"]))
+        if len(members := [m for m in g["members"] if side[m] == name]) >= (2 if _is_wanted(g) else _least(g["kind"]))
     ]
     shas = images["sha256"].to_list()
     has_twin = {shas[i] for pair in near for i in pair}
@@ -74,17 +82,19 @@ def split_images(store: ImageStore, groups: pl.DataFrame, params: Split, seed: i
     for part in parts:
         if part["split"] == "train":
             part["members"] = [m for m in part["members"] if side[m] == "train"]
-    columns = ["group_id", "kind", "split", "members"]
+    kept = [p for p in parts if len(p["members"]) >= 2]
+    if not kept:
+        raise ValueError("no group has two images on one side of the split: there is nothing to train on; see `group` in params.yaml")
     return {
         "images": images.select("sha256", pl.col("sha256").replace_strict(side).alias("split")),
-        "groups": pl.DataFrame([p for p in parts if len(p["members"]) >= 2]).select(columns),
-        "samples": pl.DataFrame([_sample(s, store, params.max_references, seed) for s in samples]),
+        "groups": pl.DataFrame(kept).select(*GROUP_COLUMNS),
+        "samples": pl.DataFrame([_sample(s, store, params.max_references, seed) for s in samples], SAMPLES),
     }
 
 
-def _is_learned(group: dict) -> bool:
-    """Two members are enough for training then, as `group.likeness` says."""
-    return group.get("cohesion") is not None
+def _is_wanted(group: dict) -> bool:
+    """Whether two members are enough for training: it was learned, as `group.likeness` says, or is as the source gave it."""
+    return group.get("cohesion") is not None or group["kind"] == "given"
 
 
 def _least(kind: str) -> int:

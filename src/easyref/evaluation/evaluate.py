@@ -24,7 +24,7 @@ from easyref.evaluation.judges import Array, Judge, RealImages, Similarity
 from easyref.records import sha256_json
 
 SPLITS = ("held_out", "held_in")
-IMAGE_LABELS = ("sha256", "concept", "subject", "gender", "tone", "style", "caption", "split")
+IMAGE_LABELS = ("sha256", "concept", "subject", "gender", "tone", "style", "category", "caption", "split")
 BY: dict[str, Callable[[Case], str]] = {"by_kind": lambda c: c.kind, "by_references": lambda c: str(len(c.right))}
 
 

@@ -158,11 +158,12 @@ def ablation_png(name: str, variants: dict[str, Any]) -> bytes:
                 panel.scatter(entry[metric][condition], y + shift, color=colour, s=20, zorder=3, label=condition if not y else None)
         panel.set_title(LABEL[metric], fontsize=10, loc="left")
         panel.set_yticks(range(len(variants)), list(variants), fontsize=9)
+        panel.locator_params(axis="x", nbins=5)
         _tidy(panel)
     for panel in panels.flat[len(names) :]:
         panel.axis("off")
     panels[0, 0].invert_yaxis()
-    panels[0, 0].legend(frameon=False, fontsize=8)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), frameon=False, fontsize=8, ncols=3, loc="upper right")
     figure.suptitle(name, fontsize=11, x=0.01, ha="left")
     figure.tight_layout()
     return to_png(picture(figure))
@@ -229,4 +230,5 @@ def interval(gap: dict[str, float]) -> str:
 
 
 def verdict(gap: dict[str, float]) -> str:
-    return "better" if gap["low"] > 0 else "worse" if gap["high"] < 0 else ""
+    """Empty too where the interval has no width: it is of one group, which says nothing of others."""
+    return "" if gap["low"] == gap["high"] else "better" if gap["low"] > 0 else "worse" if gap["high"] < 0 else ""
