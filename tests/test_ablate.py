@@ -13,12 +13,13 @@ from typer.testing import CliRunner
 
 from easyref import ablate
 from easyref.cli import app
-from easyref.config import Params, load_params, parse_params
+from easyref.config import Params, Restart, load_params, parse_params
 from easyref.model.weights import WEIGHTS, read_config
 from easyref.records import read_json
 from tests.projects import small_data
 
 NANO = Path("presets/nano.yaml")
+RESTART = Restart(at=40000, learning_rate=0.001, cooldown_images=4000)
 
 
 @pytest.mark.parametrize("preset", ["nano", "sdxl"])
@@ -45,6 +46,9 @@ def test_training_is_shorter_in_whole_batches() -> None:
     for name in ("align", *ablate.CHAIN):
         before, after = getattr(params, name), getattr(short, name)
         assert after.images % after.batch == 0 and after.images == pytest.approx(0.05 * before.images, abs=after.batch)
+    again = params.model_copy(update={"pretrain": params.pretrain.model_copy(update={"restart": RESTART})})
+    found = ablate.shortened(again, 0.05).pretrain.restart
+    assert found and (found.at, found.cooldown_images, found.learning_rate) == (2000, 200, RESTART.learning_rate)
     assert short.evaluate == params.evaluate and ablate.shortened(params, 1.0) == params
 
 

@@ -29,6 +29,7 @@ from easyref.convert import fit
 from easyref.model import stream, weights
 from easyref.model.adapter import Adapter
 from easyref.model.reference import SWITCHES, ReferenceEncoder, ReferenceProcessor
+from easyref.model.schedule import Schedule
 from easyref.pipeline import EasyRef
 
 MODELS, RANK, TOKENS = Path("models"), 3, 5
@@ -372,6 +373,9 @@ def test_the_published_code_is_not_given_what_it_would_compute_otherwise(
     named, config = load_file(place / "kept" / weights.WEIGHTS), weights.read_config(place / "kept")
     weights.save(place / "loud", named, config.model_copy(update={"lora_alpha": 2.0 * RANK}), torch.float32)
     refused(out, convert(place / "loud", out), f"adds LoRA {2.0 * RANK}/{RANK} times")
+    schedule = Schedule(zero_terminal_snr=True, prediction="v_prediction")
+    weights.save(place / "v", named, config.model_copy(update={"schedule": schedule}), torch.float32)
+    refused(out, convert(place / "v", out), "another noise schedule")
     named.pop("encoder.norm.weight")
     weights.save(place / "torn", named, config, torch.float32)
     refused(out, convert(place / "torn", out), "does not fit base/diffusion with base/mllm: missing: encoder.norm.weight")

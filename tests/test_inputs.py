@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 
 from easyref.config import Params, parse_params
-from easyref.data.captions import caption, invented
+from easyref.data.captions import GIVEN, caption, invented
 from easyref.data.dataset import SWAPS, TrainingImages
 from easyref.data.frames import Framing
 from easyref.data.shards import write_shard
@@ -189,6 +189,18 @@ def test_invented_words_stand_for_the_subject_alone_and_change_no_other_draw(par
 def test_invented_words_are_halves_of_known_ones() -> None:
     assert invented("woman farmer", "ice") == "wom" + "ce " + "far" + "ce"
     assert invented("ice", "woman farmer") == "icman"
+    assert invented("woman", " ") == "wom"
+
+
+@pytest.mark.parametrize("category", ["", GIVEN])
+def test_a_caption_is_no_subject_to_invent_words_for(params: Params, images: TrainingImages, category: str) -> None:
+    captioned = copy(images)
+    captioned.labels = [{**label, "category": category, "subject": "a red dog on the beach"} for label in images.labels]
+    sampler = Sampler(captioned, params.finetune_multi.model_copy(update={"invent_words": 1.0}), 0, "test")
+    assert {sampler(n).prompt for n in range(200)} <= {"a red dog on the beach", ""}
+    captioned.groups = []
+    with pytest.raises(ValueError, match=r"test\.group_share 0\.7: the training images have no group; make some"):
+        Sampler(captioned, params.finetune_multi, 0, "test")
 
 
 def test_crops_are_drawn_from_a_few_places_and_change_no_other_draw(params: Params, images: TrainingImages) -> None:

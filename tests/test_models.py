@@ -13,6 +13,7 @@ from easyref.config import Params, parse_params
 from easyref.data.dataset import TrainingImages
 from easyref.data.shards import ImageStore
 from easyref.training import stages
+from easyref.training.loss import noised
 from easyref.training.models import Models, load_models
 
 DATA, MODELS = Path("data"), Path("models")
@@ -39,8 +40,13 @@ def test_bf16_rounds_the_frozen_base_and_nothing_that_is_trained(stage: str, ima
     assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
     inputs = stages.Inputs(models, images, frozen_prefix="mllm" not in stages.STAGES[stage].trains)
     samples = [stages.Sample(0, (1, 2), "farmer"), stages.Sample(3, (stages.NULL,), "")]
+    seen = []
+    models.unet.register_forward_pre_hook(lambda _module, given: seen.append(given[0]))
     stages.sample_loss(models, inputs, samples, 0, ["a", "b"], None).backward()
     assert all(tensor.grad is not None and tensor.grad.isfinite().all() for tensor in trained.values())
+    exact = stages.Inputs(models, images, frozen_prefix=False).latents(samples)  # where nothing casts
+    assert exact.dtype == torch.float32 and torch.equal(inputs.latents(samples), exact)
+    assert torch.equal(seen[0], noised(models.scheduler, exact, 0, ["a", "b"])[0])
 
 
 def test_rates_are_by_part_and_come_before_that_of_new_parts() -> None:

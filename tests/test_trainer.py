@@ -240,6 +240,12 @@ def test_a_state_is_mapped_so_that_the_processes_of_a_machine_hold_it_once(tmp_p
     assert own_mib() - before < 16, "of 64"
 
 
+def test_a_state_is_saved_by_the_first_update_at_or_behind_its_image(tmp_path: Path) -> None:
+    trained(Optimisation(**PARAMS | {"images": 104, "save_images": 20}), tmp_path / "state.safetensors")
+    rows = [json.loads(line) for line in (tmp_path / "state.jsonl").read_text().splitlines()]
+    assert [row["seen"] for row in rows if "held_out" in row] == [0, 24, 40, 64, 80, 104]
+
+
 def test_a_full_disk_is_one_clear_line_and_keeps_the_last_state(tmp_path: Path) -> None:
     state = tmp_path / "state.safetensors"
     stopped(Optimisation(**PARAMS), state, at=32)

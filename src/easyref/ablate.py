@@ -151,6 +151,8 @@ def shortened(params: Params, share: float) -> Params:
         if p := values[name]:
             p |= {key: round(p[key] * share) for key in LENGTHS}
             p["images"] = max(1, -(-p["images"] // p["batch"])) * p["batch"]
+            if p["restart"]:
+                p["restart"] |= {key: max(1, round(p["restart"][key] * share)) for key in ("at", "cooldown_images")}
     return parse_params(values, "ablate")
 
 

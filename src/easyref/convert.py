@@ -18,6 +18,7 @@ from easyref.model import shapes, stream, weights
 from easyref.model.adapter import Adapter
 from easyref.model.published import EMBEDDINGS, HEAD, LORA_DOWN, MLLM, TOKENS, published, sort
 from easyref.model.reference import SWITCHES, ReferenceEncoder
+from easyref.model.schedule import AS_BASE
 from easyref.model.stream import Entry
 from easyref.model.weights import CONFIG, WEIGHTS, CheckpointConfig
 from easyref.records import atomic_folder, atomic_path
@@ -91,6 +92,8 @@ def to_file(folder: Path, out: Path, dtype: torch.dtype | None) -> list[str]:
                 f"{folder} was trained with {field}={getattr(config.reference, field)!r}, the published code computes with {value!r}: "
                 "its tokens would be others"
             )
+    if config.schedule != AS_BASE:
+        raise ValueError(f"{folder} was trained with another noise schedule or prediction than its base's; the published code has none")
     if config.lora_alpha != config.lora_rank:
         raise ValueError(f"{folder} adds LoRA {config.lora_alpha}/{config.lora_rank} times, the published code once")
     models = _models(config.base_id, config.mllm_id, folder)

@@ -24,7 +24,7 @@ from easyref.config import VAE, Captioning, Params, TextToImage
 from easyref.data.captions import LABELS, caption, common_labels
 from easyref.data.dataset import TrainingImages
 from easyref.progress import use_threads
-from easyref.records import atomic_folder, remove_folder, sha256_json, write_bytes
+from easyref.records import HUB, atomic_folder, remove_folder, sha256_json, write_bytes, write_json
 from easyref.seeds import Order, numpy_rng, torch_rng
 from easyref.training.curves import write_curves
 from easyref.training.trainer import Task, train
@@ -87,6 +87,7 @@ def download(params: Params, out: Path) -> None:
                 str(model_id), revision=revision, local_dir=folder / name, allow_patterns=patterns,
                 ignore_patterns=["*.fp16.*", "*openvino*", "*_onnx/*", "sd_xl_base_1.0*"],
             )  # fmt: skip
+        write_json(folder / HUB, models)
 
 
 # -- VAE ---------------------------------------------------------------------------------------------------------------

@@ -55,7 +55,8 @@ def tuned(
     unet, side, counts = pipe.unet, pipe.unet.config.sample_size * pipe.vae_scale_factor, [len(images) for images in references]
     first = np.cumsum([0, *counts[:-1]])  # references of all samples, end to end
     pixels_R3HW = torch.stack([_pixels(image, side) for images in references for image in images])
-    latents_RChw = encode_latents(pipe.vae, lambda items: pixels_R3HW[items], sum(counts), side, unet.device).to(unet.device)
+    latents_RChw = encode_latents(pipe.vae, lambda items: pixels_R3HW[items].to(pipe.vae.dtype), sum(counts), side, unet.device)
+    latents_RChw = latents_RChw.float().to(unet.device)
     encoders = [(pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2)]
     text_RLX, pooled_RP = encode_text(encoders, [caption for own in captions for caption in own])
     time_ids_6 = torch.tensor([side, side, 0, 0, side, side], dtype=torch.float32, device=unet.device)
@@ -66,7 +67,8 @@ def tuned(
             chosen = [start + turn % count for turn in turns for start, count in zip(first, counts, strict=True)]
             added = {"text_embeds": pooled_RP[chosen], "time_ids": time_ids_6.expand(len(chosen), 6)}
             numbers = [f"group_lora/{turn}" for turn in turns for _ in counts]
-            loss = diffusion_loss(unet, pipe.scheduler, latents_RChw[chosen], text_RLX[chosen], added, seed, numbers)
+            with torch.autocast(unet.device.type, torch.bfloat16, enabled=unet.dtype == torch.bfloat16):
+                loss = diffusion_loss(unet, pipe.scheduler, latents_RChw[chosen], text_RLX[chosen], added, seed, numbers)
             (loss * len(counts)).backward()  # the sum over the samples of each one's mean
             clip(weights, 1.0)
             optimizer.step()

@@ -21,7 +21,7 @@ from easyref import images
 from easyref.cache import made_here
 from easyref.config import Loading, Samples
 from easyref.data import dataset, frames
-from easyref.data.captions import SHARED, caption, invented
+from easyref.data.captions import SHARED, caption, invented, is_caption
 from easyref.data.dataset import SWAPS, TrainingImages, seen_as
 from easyref.data.frames import Frame, Framing, Size, face_frame
 from easyref.model import reference
@@ -69,6 +69,9 @@ class Sampler:
         kinds = sorted({kind for kind, _ in images.groups})
         share = {k: 1 / (len(kinds) * sum(kind == k for kind, _ in images.groups)) for k in kinds}
         self.group_order = Order(np.array([share[kind] for kind, _ in images.groups]), *key, "groups")
+        if p.group_share and not images.groups:
+            fix = "make some by `easyref group` and `easyref split`, or set group_share to 0"
+            raise ValueError(f"{key[-1]}.group_share {p.group_share}: the training images have no group; {fix}")
         if p.face_share and not images.faces:
             fix = "set embed.faces and run embed, group and split again, or set face_share to 0"
             raise ValueError(f"{key[-1]}.face_share {p.face_share}: no face is known in the training images; {fix}")
@@ -99,9 +102,10 @@ class Sampler:
         return Sample(target, tuple(references), prompt, int(view), place, face)
 
     def _invented(self, number: int, labels: Mapping[str, str]) -> Mapping[str, str]:
-        """With a probability of `invent_words`: a subject nobody has heard of, of which only the references can tell."""
+        """With a probability of `invent_words`: a subject nobody has heard of, of which only the references can tell. A caption is one
+        whole and has no subject."""
         rng = numpy_rng(*self.key, "words", number)
-        if rng.random() >= self.p.invent_words:
+        if rng.random() >= self.p.invent_words or is_caption(labels):
             return labels
         other = self.images.labels[rng.integers(len(self.images.labels))]
         return {**labels, "subject": invented(labels["subject"], other["subject"])}
@@ -249,9 +253,12 @@ class Inputs:
         def make() -> Encoding:
             patches = self.store.take(partial(self._patches, seen), "patches", *self._key(seen))
             grid_3 = patches["grid_thw"]
-            return {"tokens_ND": self.models.encoder.vision(self._here(patches["pixel_values"]), grid_3[None])[0], "grid_thw": grid_3}
+            return {"tokens_ND": self._seen(patches["pixel_values"], grid_3), "grid_thw": grid_3}
 
         return self.store.get(make, "vision", *self._key(seen))
+
+    def _seen(self, pixel_values: torch.Tensor, grid_3: torch.Tensor) -> torch.Tensor:
+        return self.models.encoder.vision(self._here(pixel_values), self._here(grid_3[None]))[0]
 
     def _prefix(self, samples: Sequence[Sample]) -> PrefixStates:
         found = [[self._vision(seen) for seen in self.references(s)] for s in samples]

@@ -21,7 +21,7 @@ def encode_batch(size: int) -> int:
 
 @torch.no_grad()
 def to_latents(vae: Any, x_B3HW: torch.Tensor) -> torch.Tensor:
-    """Mean latents [B, C, h, w] of images in [-1, 1], scaled for diffusion."""
+    """Mean latents [B, C, h, w] of images in [-1, 1], scaled for diffusion; in the precision of the VAE where nothing casts."""
     return vae.encode(x_B3HW).latent_dist.mean * vae.config.scaling_factor
 
 

@@ -34,7 +34,7 @@ from easyref.training.loss import diffusion_loss, noised
 from easyref.training.models import DTYPES, Models, load_models
 from easyref.training.samples import Pictures
 from easyref.training.state import remove_state
-from easyref.training.trainer import Task, train
+from easyref.training.trainer import FREE, Task, train
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def run_stage(
     if p.face_share:
         depends["faces"] = sha256_json(images.faces)
     if not starts_from:
-        depends["align"] = params.align.model_dump() if params.align else None
+        depends["align"] = params.align.model_dump(exclude=set(FREE)) if params.align else None
     watchers = (
         Averages(work / f"{name}.ema", p.snapshot_images, checkpoint),
         Pictures(work / f"{name}.samples", p.sample_images, validate.inputs, validate.of_kinds, params.seed),
@@ -192,11 +192,11 @@ def sample_loss(
     noise_offset: float = 0.0,
 ) -> torch.Tensor:  # fmt: skip
     """Mean error of what the UNet predicts of the targets under their references and prompts (method.md §4)."""
+    latents_BChw = inputs.latents(samples)  # in fp32, and the noise schedule with it: in bf16 there is no noise at the first timesteps
     with models.autocast():
         text_BLX, pooled_BP = inputs.text_states([s.prompt for s in samples])
         tokens_BTX = inputs.reference_tokens(samples)
         conditions = {"text_embeds": pooled_BP, "time_ids": inputs.time_ids(samples), "image_embeds": [tokens_BTX[:, None]]}
-        latents_BChw = inputs.latents(samples)
         return diffusion_loss(models.unet, models.scheduler, latents_BChw, text_BLX, conditions, seed, numbers, min_snr, noise_offset)
 
 
@@ -207,6 +207,8 @@ class Validation:
     def __init__(self, params: Params, inputs: Inputs, data: Path) -> None:
         self.params, self.models = params, inputs.models
         table = read_table(data / "split" / "samples.parquet").filter(split="held_out").sort("kind", "sample_id")
+        if not len(table):
+            raise ValueError(f"{data / 'split'}: no held-out samples to judge the training by; `easyref split` says what to change")
         rows = list(table.iter_rows(named=True))
         self.images = TrainingImages(data, sorted({s for r in rows for s in (r["target"], *r["references"])}))
         place = {s: i for i, s in enumerate(self.images.sha256s)}

@@ -102,4 +102,4 @@ def load_optimizer(
             if found:
                 step = found.pop("step")
                 moments = {key: like(p, value) for key, value in found.items()}
-                optimizer.state[p] = {"step": int(step) if python_steps else step, **moments}
+                optimizer.state[p] = {"step": int(step) if python_steps else step.to(p.device), **moments}

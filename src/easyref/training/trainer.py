@@ -143,7 +143,7 @@ def train(task: Task, p: Optimisation, state_path: Path, engine: Engine | None =
         for watcher in task.watchers:
             watcher.pause(seen, engine)
         last = seen >= p.images
-        pause = seen != saved and (last or seen % p.save_images == 0)
+        pause = seen != saved and (last or seen % p.save_images < p.batch)  # the first update there or behind
         if pause and task.validate:
             row = engine.run(task.validate)
             if not all(map(math.isfinite, row.values())):
