@@ -11,6 +11,7 @@ import torch
 import typer
 
 from easyref import records
+from easyref.model.weights import read_config
 from easyref.records import atomic_folder, changed_file, read_json, sha256_file, write_json
 from easyref.runtime import MANIFEST, Engine
 from export import start
@@ -23,7 +24,8 @@ VERSIONS = ("torch", "diffusers", "onnx", "onnxscript", "onnxruntime")
 
 def inputs_of(checkpoint: Path, opset: int, dtype: str, tolerance: float, image_tolerance: float, quantize: dict | None = None) -> dict:
     """All that the graphs and what is said of them depend on. `quantize`: the same of a quantized UNet."""
-    base = sorted(path for path in (checkpoint.parent / "base").rglob("*") if path.is_file())
+    own = read_config(checkpoint).base_id.startswith("base/")  # else the hub's, at the revision that the checkpoint's config names
+    base = sorted(path for path in (checkpoint.parent / "base").rglob("*") if path.is_file()) if own else []
     code = sorted([*Path(__file__).parent.glob("*.py"), *(Path(records.__file__).parent / "model").glob("*.py")])
     files = {str(path.relative_to(checkpoint.parent)): sha256_file(path) for path in [*sorted(checkpoint.iterdir()), *base]}
     return {
@@ -71,6 +73,8 @@ def run(
     if fresh(out, inputs):
         print(f"{out}: up to date")
         return
+    if out.exists() and any(out.iterdir()) and not (out / MANIFEST).exists():
+        raise ValueError(f"{out}: holds something else than graphs, which would be lost; name another folder")
     easyref = EasyRef.from_pretrained(checkpoint, dtype=DTYPE[dtype], device="cpu")
     rows = []
     with atomic_folder(out) as folder:

@@ -3,7 +3,10 @@
 import os
 from pathlib import Path
 
+from easyref.records import sha256_file
+
 PROJECT = Path(__file__).parents[1]
+RELEASED = ".work/released.json"  # of the last model that came through the release to its end
 
 # Before prefect is imported: nothing is sent to anybody, and a busy machine may take its time to start the server of a single run.
 for _name, _value in {
@@ -15,3 +18,9 @@ for _name, _value in {
     "PREFECT_TELEMETRY_ENABLE_RESOURCE_METRICS": "false",
 }.items():
     os.environ.setdefault(_name, _value)
+
+
+def contents(project: Path) -> dict[str, str]:
+    """Hashes of what a release is of, as they are now."""
+    files = (project / "models" / "finetune_multi" / "easyref.safetensors", project / "metrics" / "evaluate.json")
+    return {path.name: sha256_file(path) for path in files if path.exists()}

@@ -12,7 +12,8 @@ from pathlib import Path
 import yaml
 
 from easyref.evaluation.summary import summary
-from flows import PROJECT
+from easyref.records import read_json
+from flows import PROJECT, RELEASED, contents
 
 BASELINES = "mrbench"
 
@@ -29,8 +30,13 @@ def up_to_date(project: Path) -> bool:
     return done.returncode == 0 and done.stdout.strip() == "{}"
 
 
+def released(project: Path) -> bool:
+    """Whether the model as it is has come through the release to its end."""
+    return (project / RELEASED).exists() and read_json(project / RELEASED) == contents(project)
+
+
 def main(project: Path = PROJECT) -> None:
-    if up_to_date(project):
+    if up_to_date(project) and released(project):
         print("everything is up to date")
     else:
         from flows.pipeline import easyref

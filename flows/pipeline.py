@@ -21,7 +21,7 @@ from easyref.lineage import locked
 from easyref.records import read_json
 from flows import PROJECT
 from flows.release import release_model
-from flows.stages import run_child, run_stage, stop_all
+from flows.stages import StageFailed, run_child, run_stage, stop_all
 
 SHIPPED = ("ingest", "base", "pretrain")  # made long ago, in the bundled remote
 
@@ -50,8 +50,14 @@ def order(project: Path, wanted: list[str] | None = None) -> dict[str, list[str]
 @task(name="pull", cache_policy=NO_CACHE, persist_result=False)
 def pull_shipped(project: str, stages: list[str]) -> None:
     """What dvc.lock has of `stages`. DVC then makes anew what does not fit the parameters in force."""
-    if there := [stage for stage in stages if stage in locked(Path(project))]:
-        run_child("pull", [sys.executable, "-m", "dvc", "pull", "--quiet", *there], Path(project), None)
+    known = locked(Path(project))
+    for stage in filter(known.__contains__, stages):
+        try:
+            run_child("pull", [sys.executable, "-m", "dvc", "pull", stage], Path(project), None)
+        except StageFailed as error:
+            if "unsaved files" not in str(error):
+                raise
+            get_run_logger().warning("%s: what is there was made without DVC; it is made anew", stage)
 
 
 @flow(name="easyref", task_runner=ThreadPoolTaskRunner(max_workers=2))  # type: ignore[arg-type]

@@ -10,7 +10,9 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
 from easyref import registry
+from easyref.records import write_json
 from easyref.registry import Registered
+from flows import RELEASED, contents
 from flows.stages import run_child
 
 
@@ -43,4 +45,6 @@ def release_model(project: Path, timeout_s: float | None = None) -> Registered:
     """The alias comes last: a champion always has its graphs."""
     version = register(str(project))
     attach(str(project), version, export(str(project), timeout_s))
-    return gate(str(project), version)
+    registered = gate(str(project), version)
+    write_json(project / RELEASED, contents(project))
+    return registered

@@ -46,6 +46,10 @@ def test_what_was_used_longest_ago_goes_first(tmp_path: Path) -> None:
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 4000
     cache.put({"x": torch.zeros(2000)}, "too large")
     assert kept(cache, "a", "c", "d", "too large") == ["a", "c", "d"]
+    (tmp_path / "thesis.odt").write_bytes(bytes(4000))  # the user's own, and old
+    os.utime(tmp_path / "thesis.odt", (0, 0))
+    cache.put(KIB, "e")
+    assert (tmp_path / "thesis.odt").exists() and kept(cache, "d", "e") == ["d", "e"]
     off = DiskCache(tmp_path, 0, None)
     off.put(KIB, "e")
     assert not kept(off, "a", "e")

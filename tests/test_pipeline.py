@@ -10,7 +10,8 @@ from cachetools import LRUCache
 from PIL import Image
 
 from easyref.model import attention
-from easyref.pipeline import EasyRef, Request
+from easyref.pipeline import EasyRef, Request, _base_place
+from easyref.records import HUB, write_json
 
 CHECKPOINT = Path("models/pretrain")
 
@@ -176,6 +177,16 @@ def test_negative_references_are_what_guidance_leads_away_from(easyref: EasyRef)
     assert np.abs(make("red", 2.0) - make("red", 9.0)).max() <= 2
     assert np.abs(make(None, 2.0) - make(None, 9.0)).max() > 10
     assert np.abs(make("blue", 3.0) - make(None, 3.0)).max() > 2
+
+
+def test_base_models_that_were_fetched_are_not_fetched_again(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    write_json(tmp_path / "base" / HUB, {"diffusion": ["org/sdxl", "abc"], "mllm": ["org/qwen", None]})
+    assert _base_place("org/sdxl", "abc", tmp_path) == str(tmp_path / "base" / "diffusion")
+    assert _base_place("org/qwen", None, tmp_path) == str(tmp_path / "base" / "mllm")
+    assert _base_place("org/sdxl", "other", tmp_path) == "org/sdxl"
+    with pytest.raises(FileNotFoundError, match="dvc pull base"):
+        _base_place("base/diffusion", None, tmp_path)
 
 
 def test_too_long_prompt_names_the_limit(easyref: EasyRef) -> None:

@@ -5,11 +5,14 @@ import io
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, RESOURCE_DOES_NOT_EXIST
 from PIL import Image
 
 from easyref import registry, tracking
@@ -154,6 +157,36 @@ def test_graphs_are_attached_to_their_version_and_pulled_with_it(project: Path, 
         registry.attach(project, version, graphs)
 
 
+def test_a_server_that_cannot_answer_has_not_said_that_there_is_no_champion() -> None:
+    class Client:
+        def get_model_version_by_alias(self, *_: str) -> None:
+            raise MlflowException("down", error_code=code)
+
+    code = INTERNAL_ERROR
+    with pytest.raises(MlflowException):
+        registry.alias_version(Client(), "champion")
+    code = RESOURCE_DOES_NOT_EXIST
+    assert registry.alias_version(Client(), "champion") is None
+
+
+def test_the_report_of_a_release_is_of_its_weights(tmp_path: Path) -> None:
+    def written(name: str, weights: str) -> dict:
+        write_json(tmp_path / "metrics" / name, {"settings": {"weights": weights}})
+        return read_json(tmp_path / "metrics" / name)
+
+    page = tmp_path / "reports" / "evaluation.html"
+    page.parent.mkdir()
+    page.touch()
+    result = written("evaluate.json", "new")
+    assert registry.report_of(tmp_path, result) is None, "`make run` has none"
+    written("mrbench.json", "old")
+    assert registry.report_of(tmp_path, result) is None
+    written("mrbench.json", "new")
+    assert registry.report_of(tmp_path, result) == page
+    page.unlink()
+    assert registry.report_of(tmp_path, result) is None
+
+
 def test_mlflow_runs_the_model(project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The same image as the pipeline's, from a reference in base64; what is wrong is said in one line."""
     import mlflow
@@ -171,6 +204,11 @@ def test_mlflow_runs_the_model(project: Path, monkeypatch: pytest.MonkeyPatch, t
     easyref = EasyRef.from_pretrained(ROOT / "models" / "pretrain")
     (expected,) = easyref([Request("farmer", [reference], 3)], 2, 3.0, 1.0)
     assert np.array_equal(np.asarray(image), np.asarray(expected)) and made.seed == 3
+
+    asked = [[request | {"prompt": word, "references": references}] for word, references in (("cat", []), ("farmer", [encoded]))] * 2
+    alone = [model.predict(one)[0].image for one in asked]
+    with ThreadPoolExecutor(4) as pool:  # as MLflow's server calls it
+        assert [found[0].image for found in pool.map(model.predict, asked)] == alone
 
     for changes, message in (
         ({"steps": 0}, "steps 0: out of 1 to 200"),

@@ -158,11 +158,12 @@ def test_pages_of_others_are_refused(server: str) -> None:
 
 @pytest.mark.long
 def test_other_machines_need_the_token(tmp_path: Path) -> None:
-    with running("serve", tmp_path / "log", "--host", "0.0.0.0", EASYREF_TOKEN="secret") as address:
+    with running("serve", tmp_path / "log", "--host", "0.0.0.0", EASYREF_TOKEN="sécret") as address:
         here = address.replace("0.0.0.0", "127.0.0.1")
-        basic = base64.b64encode(b"anyone:secret").decode()
+        basic = base64.b64encode("anyone:sécret".encode()).decode()
         assert ask(f"{here}/health")[0] == 200
-        for given, status in (("", 401), ("Bearer other", 401), ("Basic !", 401), ("Bearer secret", 200), (f"Basic {basic}", 200)):
+        bearer = "Bearer sécret".encode().decode("latin-1")  # as it goes over the wire
+        for given, status in (("", 401), ("Bearer other", 401), ("Basic !", 401), (bearer, 200), (f"Basic {basic}", 200)):
             found = ask(f"{here}/model", Authorization=given)
             assert found[0] == status and ("WWW-Authenticate" in found[2]) == (status == 401)
 

@@ -9,6 +9,7 @@ Environment: EASYREF_CACHE (the folder; default: the user's cache folder), EASYR
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import warnings
 from importlib.metadata import version
@@ -22,6 +23,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from easyref.records import sha256_file, sha256_json
+
+HALF = ".easyref-"  # files that are being written
 
 
 def made_here(device: torch.device, *files: str) -> list[Any]:
@@ -74,7 +77,7 @@ class DiskCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._trim(self.limit - len(data))
-            with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
+            with tempfile.NamedTemporaryFile(dir=self.folder, prefix=HALF, delete=False) as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -83,9 +86,12 @@ class DiskCache:
             warnings.warn(f"{self.folder}: encoded references are not kept ({error})", stacklevel=2)
 
     def _trim(self, room: int) -> None:
-        """Delete from the oldest on until the rest takes `room` bytes; half-written files of killed processes age like the others."""
+        """Delete from the oldest on until the rest takes `room` bytes; half-written files of killed processes age like the others.
+        What another program put there is not ours to count or delete."""
         found = []
         for path in self.folder.iterdir():
+            if not re.fullmatch(rf"[0-9a-f]{{64}}\.safetensors|{re.escape(HALF)}.*", path.name):
+                continue
             try:
                 stat = path.stat()
             except FileNotFoundError:  # another process was quicker

@@ -289,7 +289,7 @@ def _file(text: str, name: str) -> bytes:
     """Bytes of a reference. A path is taken only from the folder in EASYREF_REFERENCES: a server would otherwise open any file of its
     machine for whoever asks."""
     allowed = os.environ.get("EASYREF_REFERENCES")
-    if allowed and len(text) < 4096 and (path := (Path(allowed) / text).resolve()).is_file():
+    if allowed and len(text) < 4096 and os.path.isfile(path := (Path(allowed) / text).resolve()):
         if not path.is_relative_to(Path(allowed).resolve()):
             raise ValueError(f"{name}: outside EASYREF_REFERENCES; give a path below it")
         return path.read_bytes()

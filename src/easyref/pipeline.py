@@ -7,6 +7,7 @@ and, with `cache`, on disk: samples are encoded one by one and in two steps (ima
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from easyref.model.adapter import Adapter
 from easyref.model.attention import Scales
 from easyref.model.reference import PrefixStart, ReferenceEncoder, ReferenceInputs, ReferenceProcessor, ReferenceSample, null_image
 from easyref.model.schedule import AS_BASE, Schedule
-from easyref.records import sha256_file
+from easyref.records import HUB, read_json, sha256_file
 from easyref.runtime import Encoder, Engines
 from easyref.seeds import torch_rng
 
@@ -57,6 +58,7 @@ class EasyRef:
         disk: DiskCache | None = None, schedule: Schedule = AS_BASE,
     ) -> None:  # fmt: skip
         self.pipe, self.encoder, self.processor, self.adapter = pipe, encoder, processor, adapter
+        self._measures = copy.deepcopy((pipe.tokenizer, pipe.tokenizer_2))  # those of the pipe change their padding while it draws
         self._before = pipe.scheduler if schedule != AS_BASE else None
         pipe.scheduler = schedule.of(pipe.scheduler)
         self._null: dict[tuple[float, ...], torch.Tensor] = {}  # by scales
@@ -82,10 +84,10 @@ class EasyRef:
         folder = Path(folder)
         config = weights.read_config(folder)
         beside = Path(base) if base else folder.parent
-        mllm = _base_place(config.mllm_id, beside)
+        mllm = _base_place(config.mllm_id, config.mllm_revision, beside)
         if engines:
             engines.check(folder)
-            pipe = engines.pipeline(_base_place(config.base_id, beside), config.base_revision, dtype)
+            pipe = engines.pipeline(_base_place(config.base_id, config.base_revision, beside), config.base_revision, dtype)
             pipe.set_progress_bar_config(disable=True)
             adapter: Any = Adapter.install(pipe.unet, config.reference.num_tokens, None, None)  # for its scales
             adapter.payload = engines.payload
@@ -110,7 +112,7 @@ class EasyRef:
 
         folder = Path(folder)
         config = weights.read_config(folder)
-        place = _base_place(config.base_id, Path(base) if base else folder.parent)
+        place = _base_place(config.base_id, config.base_revision, Path(base) if base else folder.parent)
         pipe = StableDiffusionXLPipeline.from_pretrained(place, revision=config.base_revision, torch_dtype=dtype, add_watermarker=False)
         return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
@@ -121,7 +123,7 @@ class EasyRef:
 
         folder = Path(folder)
         config = weights.read_config(folder)
-        place = _base_place(config.mllm_id, Path(base) if base else folder.parent)
+        place = _base_place(config.mllm_id, config.mllm_revision, Path(base) if base else folder.parent)
         revision: Any = config.mllm_revision
         mllm = Qwen2VLForConditionalGeneration.from_pretrained(place, revision=revision, dtype=dtype)
         encoder = ReferenceEncoder(mllm, config.reference, torch_rng("attach")).to(pipe.device).eval().requires_grad_(False)
@@ -300,7 +302,7 @@ class EasyRef:
 
     def check_prompt(self, prompt: str) -> None:
         """ValueError when a text encoder would cut the prompt."""
-        for tokenizer in (self.pipe.tokenizer, self.pipe.tokenizer_2):
+        for tokenizer in self._measures:
             length = len(tokenizer(prompt).input_ids)
             if length > tokenizer.model_max_length:
                 raise ValueError(
@@ -329,11 +331,15 @@ def _digests(folder: Path, mllm: str, has_mllm: bool) -> list[str]:
     return [mllm if not local else "", *(sha256_file(path) for path in (folder / weights.CONFIG, folder / weights.WEIGHTS, *local))]
 
 
-def _base_place(model_id: str, folder: Path) -> str:
-    """A base model trained here lies at `folder`/id; anything else is a hub id or a path."""
-    local = folder / model_id
+def _base_place(model_id: str, revision: str | None, folder: Path) -> str:
+    """A base model trained here lies at `folder`/id, one that the stage `base` fetched from the hub in `folder`/base; anything else is
+    a hub id or a path."""
+    local, fetched = folder / model_id, folder / "base" / HUB
     if local.exists():
         return str(local)
+    for name, theirs in (read_json(fetched) if fetched.exists() else {}).items():
+        if theirs == [model_id, revision]:
+            return str(fetched.parent / name)
     if model_id.startswith("base/"):
         raise FileNotFoundError(f"{local}: base model missing; get it with `dvc pull base`, or name its folder with --base")
     return model_id

@@ -7,6 +7,7 @@ attached beside it, in `onnx/`, with a manifest of their own.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
@@ -89,7 +90,8 @@ def register(project: Path, flow_run: str = "") -> str:
         mlflow.log_params({k: str(v)[:500] for k, v in flat(params.model_dump()).items()})
         mlflow.log_metrics(figures(result))
         mlflow.log_artifact(str(bundle / "grid.png"))
-        mlflow.log_artifact(str(project / "reports" / "evaluation.html"))
+        if compared := report_of(project, result):
+            mlflow.log_artifact(str(compared))
         info = mlflow.pyfunc.log_model(
             name=MODEL, python_model=str(PYFUNC), artifacts={"bundle": str(bundle)}, pip_requirements=requirements(),
             registered_model_name=MODEL,
@@ -97,6 +99,13 @@ def register(project: Path, flow_run: str = "") -> str:
     version = str(info.registered_model_version)
     client.set_model_version_tag(MODEL, version, "run", run.info.run_id)
     return version
+
+
+def report_of(project: Path, result: dict[str, Any]) -> Path | None:
+    """The report of all methods, if it is of the weights that `result` is of: `make run` leaves it out."""
+    figures, page = project / "metrics" / "mrbench.json", project / "reports" / "evaluation.html"
+    same = figures.exists() and read_json(figures)["settings"]["weights"] == result["settings"]["weights"]
+    return page if same and page.exists() else None
 
 
 def attach(project: Path, version: str, graphs: Path) -> None:
@@ -187,7 +196,9 @@ def alias_version(client: Any, alias: str) -> str | None:
 
     try:
         return str(client.get_model_version_by_alias(MODEL, alias).version)
-    except MlflowException:
+    except MlflowException as error:
+        if error.error_code not in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"):
+            raise  # a server that cannot answer has not said that there is none
         return None
 
 
@@ -280,8 +291,11 @@ def cached(project: Path, uri: str) -> Path:
     client = connect(project)
     version = resolve(client, uri)
     folder = project / ".cache" / "models" / f"{MODEL}-{version.version}-{version.run_id[:12]}"
-    if not folder.exists():
-        pull(project, f"models:/{MODEL}/{version.version}", folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may want the same just now
+        if not folder.exists():
+            pull(project, f"models:/{MODEL}/{version.version}", folder)
     check_bundle(folder)
     return folder
 

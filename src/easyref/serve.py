@@ -119,6 +119,10 @@ class Busy(Exception):
         self.seconds = seconds
 
 
+def first_line(error: Exception | str) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 class Queue:
     """Drawings one at a time, in the order they came."""
 
@@ -159,10 +163,10 @@ class Queue:
             except Stopped:
                 pass
             except ValueError as error:
-                tell(error=str(error).splitlines()[0])
+                tell(error=first_line(error))
             except Exception as error:
                 traceback.print_exc()
-                tell(error=f"{type(error).__name__}: {(str(error).splitlines() or ['no word'])[0]}; more in the server's log")
+                tell(error=f"{type(error).__name__}: {first_line(error)}; more in the server's log")
 
         events.put_nowait(Event(ahead=len(self.jobs)))
         job = self.pool.submit(work)
@@ -251,7 +255,7 @@ def given_token(headers: Headers) -> bytes:
             return b64decode(value).partition(b":")[2]
         except ValueError:
             return b""
-    return value.encode() if kind.lower() == "bearer" else b""
+    return value.encode("latin-1") if kind.lower() == "bearer" else b""  # as headers are decoded
 
 
 def is_loopback(host: str) -> bool:
@@ -266,7 +270,7 @@ def too_large() -> HTTPException:
 
 
 def fault(status: int, error: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    return JSONResponse({"error": error.splitlines()[0]}, status, headers)
+    return JSONResponse({"error": first_line(error)}, status, headers)
 
 
 def create_app(artist: Artist, max_waiting: int, token: str | None = None, page: bool = False) -> FastAPI:

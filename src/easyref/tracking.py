@@ -52,8 +52,9 @@ def trained(stage: str, **more: str) -> Watched:
     return Watched({"": f".work/{stage}.jsonl", **more}, (f".work/{stage}.samples/*.png",))
 
 
+BASE_PARTS = ("vae", "mllm", "diffusion", "decoder")
 WATCHED = {
-    "base": Watched({f"{part}.": f".work/base/{part}-*.jsonl" for part in ("vae", "mllm", "diffusion")}, ("metrics/base/text.png",)),
+    "base": Watched({f"{part}.": f".work/base/{part}-*.jsonl" for part in BASE_PARTS}, ("metrics/base/text.png",)),
     "pretrain": trained("pretrain", **{"align.": ".work/align.jsonl"}),
     "finetune_single": trained("finetune_single"),
     "finetune_multi": trained("finetune_multi"),

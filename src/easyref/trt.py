@@ -255,9 +255,11 @@ def build(step: Step, options: Options, timing_cache: Path | None = None) -> Non
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise EngineError(f"{step.graph}: TensorRT built no engine; its log above says why; more memory: --workspace")
+    sidecar = step.plan.with_suffix(".json")
+    sidecar.unlink(missing_ok=True)  # a plan without one is built anew, a plan under that of another would pass for it
     write_bytes(step.plan, bytes(plan))
     about = {"key": step.key, "graph": step.digest, "tensorrt": trt.__version__, "gpu": device(), "shapes": step.shapes}
-    write_json(step.plan.with_suffix(".json"), about)
+    write_json(sidecar, about)
     if timing_cache:
         write_bytes(timing_cache, bytes(config.get_timing_cache().serialize()))
 
@@ -281,6 +283,7 @@ def refit(plan: Path, graph: Path) -> None:
         raise EngineError(f"{plan}: TensorRT did not take the weights of {graph}")
     sidecar = plan.with_suffix(".json")
     about = read_json(sidecar)
+    sidecar.unlink()  # as in `build`
     write_bytes(plan, bytes(engine.serialize()))
     write_json(sidecar, about | {"key": "refitted", "graph": digest})
 

@@ -9,10 +9,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from easyref.cli import app
 from easyref.data.dataset import TrainingImages
+from easyref.model.weights import CONFIG, WEIGHTS, read_config, save
 from easyref.pipeline import EasyRef
 from easyref.records import read_json, read_table, sha256_file, write_json
 from easyref.runtime import EngineError, Engines
@@ -38,6 +40,24 @@ def test_what_is_missing_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(ValueError, match="--quantize fp8 starts from single precision; leave --dtype fp16 out"):
         inputs_of_8_bits("fp8", "fp16", 30.0, DATA)
     assert not (tmp_path / "onnx").exists()
+
+
+def test_a_folder_of_other_things_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "0.png").touch()
+    with pytest.raises(ValueError, match="holds something else than graphs"):
+        CliRunner().invoke(app, ["export", str(CHECKPOINT), str(tmp_path)], catch_exceptions=False)
+    assert (tmp_path / "0.png").exists()
+
+
+def test_a_model_of_the_hub_is_told_by_its_checkpoint(tmp_path: Path) -> None:
+    """As the registry bundles it: base models are in both, or in neither."""
+    for part in ("base", "pretrain"):
+        shutil.copytree(CHECKPOINT.parent / part, tmp_path / part, copy_function=os.link)
+    files = inputs_of(tmp_path / "pretrain", 20, "fp32", 1e-4, 2.0)["files"]
+    assert any(name.startswith("base/") for name in files)
+    config, named = read_config(CHECKPOINT), load_file(CHECKPOINT / WEIGHTS)
+    save(tmp_path / "hub", named, config.model_copy(update={"base_id": "org/sdxl", "mllm_id": "org/qwen"}), torch.float16)
+    assert inputs_of(tmp_path / "hub", 20, "fp32", 1e-4, 2.0)["files"].keys() == {f"hub/{CONFIG}", f"hub/{WEIGHTS}"}
 
 
 def test_groups_that_calibrate_are_of_the_training_split_and_not_those_compared(monkeypatch: pytest.MonkeyPatch) -> None:

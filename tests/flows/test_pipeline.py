@@ -18,7 +18,9 @@ from dvc.repo import Repo
 from prefect.settings import get_current_settings
 from prefect.testing.utilities import prefect_test_harness
 
-from flows.__main__ import BASELINES, up_to_date
+from easyref.records import write_json
+from flows import RELEASED, contents
+from flows.__main__ import BASELINES, released, up_to_date
 from flows.pipeline import easyref, order
 from flows.stages import StageFailed, run_stage
 
@@ -88,6 +90,20 @@ def test_stages_run_in_order_and_once(project: Path) -> None:
     assert (project / "third").read_text() == "two\n"
 
 
+def test_what_was_made_without_dvc_is_made_anew(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shipped stage's output that dvc.lock does not know: `dvc pull` will not remove it."""
+    monkeypatch.setattr("flows.pipeline.SHIPPED", ("first",))
+    with chdir(project):
+        Repo().reproduce(["first"])
+    (project / "first").unlink()
+    (project / "first").write_text("by hand\n")
+    (project / ".dvc" / "config").write_text(
+        "[core]\n    no_scm = true\n    remote = local\n['remote \"local\"']\n    url = ../remote\n"
+    )
+    assert easyref(["first"], release=False, project=str(project)) == {"first": "ran"}
+    assert (project / "first").read_text() == "one\n"
+
+
 def test_a_failing_stage_fails_the_flow_with_its_last_lines(project: Path) -> None:
     edit(project, "second", "echo all is lost && exit 3")
     with pytest.raises(StageFailed, match=r"(?s)second: exit code \d+\n.*all is lost"):
@@ -149,6 +165,18 @@ def wait(ready: Callable[[], bool], seconds: float) -> None:
     while not ready():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.2)
+
+
+def test_a_run_is_done_when_its_model_is_released(tmp_path: Path) -> None:
+    weights, figures = tmp_path / "models" / "finetune_multi" / "easyref.safetensors", tmp_path / "metrics" / "evaluate.json"
+    for path in (weights, figures):
+        path.parent.mkdir(parents=True)
+        path.write_text("old")
+    assert not released(tmp_path)
+    write_json(tmp_path / RELEASED, contents(tmp_path))
+    assert released(tmp_path)
+    figures.write_text("new")
+    assert not released(tmp_path)
 
 
 def test_dvc_says_what_is_up_to_date(project: Path) -> None:
