@@ -71,6 +71,7 @@ def explained(models: Models, images: TrainingImages, items: Sequence[int], stat
     return 1 - (error / (wanted - wanted.mean(0)).square().mean()).item()
 
 
+@pytest.mark.long
 def test_tokens_become_the_text_states_of_their_own_images_caption(params: Params, tmp_path: Path) -> None:
     """On a few images seen many times, whose latents they hold, too; the null reference becomes the empty caption. Nothing but PARTS
     changes."""

@@ -173,6 +173,7 @@ def train_and_write(state: Path, out: Path) -> None:
         save_file(weights, out)
 
 
+@pytest.mark.long
 def test_copies_on_two_processes_become_what_one_becomes(tmp_path: Path) -> None:
     for process in start_together(train_and_write, tmp_path / "two", tmp_path / "two.out"):
         assert exit_code(process) == 0

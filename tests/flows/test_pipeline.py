@@ -113,15 +113,15 @@ def test_a_failing_stage_fails_the_flow_with_its_last_lines(project: Path) -> No
 
 def test_a_locked_stage_is_tried_again(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process holds DVC's lock on the stage's output, and ends while the flow waits."""
-    monkeypatch.setattr(run_stage, "retry_delay_seconds", [1, 8, 8])
-    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(8)"])
+    monkeypatch.setattr(run_stage, "retry_delay_seconds", [1, 5, 5])
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(5)"])
     threading.Thread(target=other.wait).start()
     (project / ".dvc" / "tmp").mkdir()
     lock = {"write": {str(project / "first"): {"pid": other.pid, "cmd": "dvc repro first"}}}
     (project / ".dvc" / "tmp" / "rwlock").write_text(json.dumps(lock))
     begin = time.monotonic()
     assert easyref(["first"], release=False, project=str(project)) == {"first": "ran"}
-    assert time.monotonic() - begin > 8
+    assert time.monotonic() - begin > 5
 
 
 def test_a_stage_that_takes_too_long_is_told_to_end(project: Path) -> None:
