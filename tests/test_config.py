@@ -28,6 +28,8 @@ def test_presets_are_complete(path: Path) -> None:
         (lambda d: d.pop("group"), "group: missing; add it"),
         (lambda d: d["pretrain"].update(microbatch=5), "microbatch 5 does not divide batch 32"),
         (lambda d: d["finetune_multi"].update(max_references=99), "finetune_multi.max_references 99 is over"),
+        (lambda d: d["mrbench"].update(counts=[1, 64]), "mrbench.counts 64 is over reference.max_references 32"),
+        (lambda d: d["split"].update(max_references=33), "split.max_references 33 is over reference.max_references 32"),
         (lambda d: d["finetune_single"].update(lora_rank=16), "finetune_single.lora_rank 16 is not that of pretrain, 32, whose LoRA"),
         (lambda d: d["base"].update(source="hub"), "source hub needs exactly diffusion_id"),
         (lambda d: d["pretrain"].update(prediction="epsilon", zero_terminal_snr=True), "pretrain: zero_terminal_snr needs prediction"),

@@ -408,9 +408,8 @@ def generate(
         prompt=prompt, negative_prompt=negative_prompt, steps=steps, guidance=guidance, scale=parse_scale(scale), window=window,
         width=width, height=height,
     )  # fmt: skip
-    paths, weights, against, settings = ref or [], weight, negative_ref or [], None
-    seeds = list(range(seed, seed + num))
-    batches = _batches(seeds)
+    paths, weights, against, settings, given = ref or [], weight, negative_ref or [], None, set[str]()
+    first = seed
     if origin:
         settings = Settings.read(origin)
         if settings is None:
@@ -420,15 +419,14 @@ def generate(
         wish = Wish(**{name: getattr(wish if name in given else settings, name) for name in Wish.model_fields})
         positive = [used for used in settings.references if not used.negative]
         weights = weight or [used.weight for used in positive]
-        if given & {"seed", "num"}:
-            first = seed if "seed" in given else settings.seed
-            seeds = list(range(first, first + num))
-            batches = _batches(seeds)
-        else:
-            batches, seeds = [settings.batch], [settings.seed]
+        first = seed if "seed" in given else settings.seed
         folders = [origin.parent, Path()]
         paths = find(positive, paths, folders)
         against = find([used for used in settings.references if used.negative], against, folders)
+    seeds = list(range(first, first + num))
+    batches = _batches(seeds)
+    if settings and not given & {"seed", "num"}:  # one of the batch that it was drawn in
+        batches, seeds = [settings.batch], [settings.seed]
     if not paths and not settings:
         raise ValueError("no reference; give at least one with --ref")
     if weights and len(weights) != len(paths):

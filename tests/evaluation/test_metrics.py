@@ -9,6 +9,13 @@ import pytest
 from scipy import stats
 
 from easyref.evaluation import metrics
+from easyref.evaluation.report import verdict
+
+
+def test_the_interval_of_one_group_is_no_verdict() -> None:
+    cases = (((0.1, 0.3), "aa", ""), ((0.1, 0.3), "ab", "better"), ((-0.1, -0.3), "ab", "worse"), ((-0.1, 0.3), "ab", ""))
+    for values, groups, said in cases:
+        assert verdict(metrics.bootstrap_mean(values, list(groups), resamples=200)) == said
 
 
 def test_bootstrap_interval_covers_the_true_mean_as_often_as_it_says() -> None:

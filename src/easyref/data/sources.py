@@ -208,7 +208,7 @@ def from_upstream(path: Path) -> Iterator[Found]:
 
     def root(name: str) -> str:
         while parent.setdefault(name, name) != name:
-            parent[name] = parent.setdefault(parent[name], parent[name])
+            parent[name] = parent[parent[name]]  # else a chain of entries takes quadratic time
             name = parent[name]
         return name
 

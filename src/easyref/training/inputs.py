@@ -252,13 +252,10 @@ class Inputs:
 
         def make() -> Encoding:
             patches = self.store.take(partial(self._patches, seen), "patches", *self._key(seen))
-            grid_3 = patches["grid_thw"]
-            return {"tokens_ND": self._seen(patches["pixel_values"], grid_3), "grid_thw": grid_3}
+            pixels, grid_13 = self._here(patches["pixel_values"]), self._here(patches["grid_thw"][None])
+            return {"tokens_ND": self.models.encoder.vision(pixels, grid_13)[0], "grid_thw": patches["grid_thw"]}
 
         return self.store.get(make, "vision", *self._key(seen))
-
-    def _seen(self, pixel_values: torch.Tensor, grid_3: torch.Tensor) -> torch.Tensor:
-        return self.models.encoder.vision(self._here(pixel_values), self._here(grid_3[None]))[0]
 
     def _prefix(self, samples: Sequence[Sample]) -> PrefixStates:
         found = [[self._vision(seen) for seen in self.references(s)] for s in samples]
