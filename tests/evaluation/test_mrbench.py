@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from PIL import Image, ImageChops
 
-from easyref.config import Evaluate, GroupLora, MRBench
+from easyref.config import Evaluate, GroupLora, MRBench, load_params
 from easyref.data.shards import ImageStore
 from easyref.evaluation import baselines
 from easyref.evaluation.evaluate import Evaluated
@@ -24,6 +25,7 @@ from easyref.evaluation.judges import Similarity
 from easyref.evaluation.mrbench import COMPARISON, mrbench
 from easyref.evaluation.probes import fit_dual
 from easyref.evaluation.report import ROWS, chosen_rows, write_report
+from easyref.evaluation.stage import Place
 from easyref.evaluation.summary import table
 from easyref.model import lora
 from easyref.pipeline import EasyRef, Request
@@ -205,6 +207,24 @@ def test_repeated_null_tokens_are_the_null_reference(easyref: EasyRef, pictures:
     payload = easyref.encode([pictures[:2]], ["cat"])
     once, twice = (easyref.draw(request, payload.repeat(1, 1, n, 1), 2, 3.0, 1.0)[0] for n in (1, 2))
     assert max(high for _, high in ImageChops.difference(once, twice).getextrema()) <= 1
+
+
+def test_everything_is_drawn_and_tuned_under_ddim_whatever_the_base_comes_with(tmp_path: Path) -> None:
+    """SDXL comes with Euler's scheduler."""
+    diffusion = tmp_path / "base" / "diffusion"
+    diffusion.mkdir(parents=True)
+    (tmp_path / "pretrain").symlink_to(Path("models/pretrain").resolve())
+    (tmp_path / "base" / "mllm").symlink_to(Path("models/base/mllm").resolve())
+    for part in Path("models/base/diffusion").iterdir():
+        if part.name not in ("scheduler", "model_index.json"):
+            (diffusion / part.name).symlink_to(part.resolve())
+    index = json.loads(Path("models/base/diffusion/model_index.json").read_text())
+    (diffusion / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", "EulerDiscreteScheduler"]}))
+    euler: Any = EulerDiscreteScheduler
+    euler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").save_pretrained(diffusion / "scheduler")
+    place = Place(load_params(Path("presets/nano.yaml")), Path("data"), tmp_path, "pretrain")
+    for pipe in (place.easyref.pipe, place.base_pipe):
+        assert isinstance(pipe.scheduler, DDIMScheduler) and pipe.scheduler.config.beta_end == 0.012
 
 
 def test_a_group_lora_learns_its_references_and_leaves_the_base_as_it_was(pictures: list[Image.Image]) -> None:

@@ -46,14 +46,23 @@ class Place:
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.params.evaluate.precision == "bf16" else torch.float32
 
+    def _pipe(self) -> Any:
+        """The base pipeline under DDIM, as the paper draws (method.md §3). SDXL comes with Euler's scheduler: its noise is of another
+        scale than the UNet was trained with, and after a drawing it adds none at all, so no LoRA could be tuned with it."""
+        from diffusers import DDIMScheduler
+
+        pipe = EasyRef.base_pipeline(self.checkpoint, base=self.models, dtype=self.dtype)
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        return pipe
+
     @cached_property
     def easyref(self) -> EasyRef:
-        return EasyRef.from_pretrained(self.checkpoint, base=self.models, dtype=self.dtype)
+        return EasyRef.attach(self._pipe(), self.checkpoint, base=self.models, dtype=self.dtype)
 
     @cached_property
     def base_pipe(self) -> Any:
         """The base pipeline without EasyRef."""
-        return EasyRef.base_pipeline(self.checkpoint, base=self.models, dtype=self.dtype)
+        return self._pipe()
 
     @cached_property
     def hashes(self) -> dict[str, list[str]]:
