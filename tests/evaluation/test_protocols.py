@@ -14,6 +14,7 @@ from easyref.evaluation.generations import Painter, Request
 from easyref.evaluation.probes import fit_dual
 from easyref.evaluation.protocols import COMPARISON, dreambench, single
 from easyref.evaluation.summary import table
+from easyref.records import sha256_file
 
 from .conftest import Emoji
 from .test_evaluate import PARAMS
@@ -55,6 +56,16 @@ def test_single_is_every_image_with_its_caption(emoji: Emoji, folder: Path, caps
     assert "dog_brown/2.png: no caption; write it to 2.txt" in err and "owl/0.png" in err
     held_out = single(emoji.images, emoji.load, None).samples
     assert sorted(held_out["target"]) == sorted(emoji.images.filter(pl.col("split") == "held_out")["sha256"])
+
+
+def test_an_image_of_the_training_split_is_one_row(emoji: Emoji, folder: Path) -> None:
+    """Of two rows with one sha256 the features of every other image would be taken from its neighbour."""
+    pasted = sha256_file(folder / "cat2" / "1.png")
+    known = emoji.images.filter(split="train")["sha256"][0]
+    images = emoji.images.with_columns(pl.col("sha256").replace({known: pasted}))
+    for found in (single(images, emoji.load, folder), dreambench(images, emoji.load, folder)):
+        rows = found.images.filter(sha256=pasted)
+        assert rows["split"].to_list() == [found.protocol] and found.images["sha256"].is_unique().all()
 
 
 @pytest.mark.parametrize(("prompts", "message"), [(None, "no prompts"), ("a cat", r"has no \{\}")])

@@ -30,7 +30,8 @@ SUFFIXES = {f".{name.lower()}" for name in FORMATS} | {".jpg", ".tif"}
 
 
 class Collection:
-    """Samples of a protocol, their images as rows beside those of the training split, and a `load` for both."""
+    """Samples of a protocol, their images as rows beside those of the training split (an image of both is the protocol's), and a `load`
+    for both."""
 
     def __init__(self, protocol: Protocol, images: pl.DataFrame, load: Load) -> None:
         self.protocol, self._load = protocol, load
@@ -63,7 +64,8 @@ class Collection:
 
     @property
     def images(self) -> pl.DataFrame:
-        return pl.concat([self.train.select(IMAGE_LABELS), pl.DataFrame(list(self.rows.values())).select(IMAGE_LABELS)])
+        train = self.train.filter(~pl.col("sha256").is_in(list(self.rows)))
+        return pl.concat([train.select(IMAGE_LABELS), pl.DataFrame(list(self.rows.values())).select(IMAGE_LABELS)])
 
     def load(self, sha: str) -> Any:
         return open_image(self.paths[sha]) if sha in self.paths else self._load(sha)
