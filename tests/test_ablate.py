@@ -15,7 +15,7 @@ from easyref import ablate
 from easyref.cli import app
 from easyref.config import Params, Restart, load_params, parse_params
 from easyref.model.weights import WEIGHTS, read_config
-from easyref.records import read_json
+from easyref.records import read_json, write_bytes
 from tests.projects import small_data
 
 NANO = Path("presets/nano.yaml")
@@ -50,6 +50,24 @@ def test_training_is_shorter_in_whole_batches() -> None:
     found = ablate.shortened(again, 0.05).pretrain.restart
     assert found and (found.at, found.cooldown_images, found.learning_rate) == (2000, 200, RESTART.learning_rate)
     assert short.evaluate == params.evaluate and ablate.shortened(params, 1.0) == params
+
+
+def test_what_was_trained_on_other_data_or_base_models_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(_params: Params, _stages: tuple[str, ...], _data: Path, _models: Path, folder: Path) -> None:
+        raise InterruptedError(folder.name)
+
+    monkeypatch.setattr(ablate, "train_chain", stop)
+    monkeypatch.setattr(ablate, "seconds", lambda *_: 1.0)
+    seen = []
+    files = ("data/images/images.parquet", "data/split/samples.parquet", "models/base/diffusion/unet.safetensors")
+    for number, changed in enumerate(("", *files)):
+        for name in files:
+            write_bytes(tmp_path / name, b"made again" if name == changed else b"as it was")
+        for _ in range(2):
+            with pytest.raises(InterruptedError) as stopped:
+                ablate.ablate(load_params(NANO), "layer", 0.5, 3, tmp_path / "data", tmp_path / "models", tmp_path, tmp_path / "work")
+            seen.append(str(stopped.value))
+        assert len(set(seen)) == number + 1, changed
 
 
 @pytest.mark.parametrize("name", ["token", "aggregation"])

@@ -75,10 +75,10 @@ def ablate(params: Params, name: str, share: float, samples: int, data: Path, mo
     cost = {stages: seconds(short, models / "base", stages, 3 * samples) for _, stages in chosen.values()}
     about = duration(sum(cost[stages] for _, stages in chosen.values()))
     print(f"{name}: {len(chosen)} variants at {share:g} of the training lengths, at least {about} from nothing", flush=True)
-    drawn, losses = dict[str, Evaluated](), dict[str, float]()
+    drawn, losses, trained_on = dict[str, Evaluated](), dict[str, float](), inputs(data, models)
     for variant, (keys, stages) in chosen.items():
         changed = shortened(change(params, keys), share)
-        folder = work / sha256_json([changed.model_dump(), stages])[:16]
+        folder = work / sha256_json([changed.model_dump(), stages, trained_on])[:16]
         print(f"{name}: {variant}", flush=True)
         train_chain(changed, stages, data, models, folder)
         losses[variant] = read_json(folder / "metrics" / stages[-1] / "held_out.json")[-1]["held_out_right"]
@@ -118,6 +118,12 @@ def over(variant: Evaluated, base: Evaluated, resamples: int, seed: int) -> dict
         use = np.isfinite(a) & np.isfinite(b)
         found[metric] = paired_difference(a[use], b[use], groups[use], seed=seed, resamples=resamples) if use.any() else None
     return found
+
+
+def inputs(data: Path, models: Path) -> list[str]:
+    """Hashes of the data and of the base models: what was trained on other ones is not gone on with."""
+    files = [data / "images" / "images.parquet", *sorted((data / "split").glob("*.parquet"))]
+    return [sha256_file(file) for file in (*files, *sorted((models / "base").rglob("*.safetensors")))]
 
 
 def train_chain(params: Params, stages: tuple[str, ...], data: Path, models: Path, folder: Path) -> None:
