@@ -58,14 +58,14 @@ def test_what_was_trained_on_other_data_or_base_models_is_not_taken(tmp_path: Pa
 
     monkeypatch.setattr(ablate, "train_chain", stop)
     monkeypatch.setattr(ablate, "seconds", lambda *_: 1.0)
-    seen = []
+    seen, params = [], load_params(NANO).model_copy(update={"threads": 1})
     files = ("data/images/images.parquet", "data/split/samples.parquet", "models/base/diffusion/unet.safetensors")
     for number, changed in enumerate(("", *files)):
         for name in files:
             write_bytes(tmp_path / name, b"made again" if name == changed else b"as it was")
         for _ in range(2):
             with pytest.raises(InterruptedError) as stopped:
-                ablate.ablate(load_params(NANO), "layer", 0.5, 3, tmp_path / "data", tmp_path / "models", tmp_path, tmp_path / "work")
+                ablate.ablate(params, "layer", 0.5, 3, tmp_path / "data", tmp_path / "models", tmp_path, tmp_path / "work")
             seen.append(str(stopped.value))
         assert len(set(seen)) == number + 1, changed
 

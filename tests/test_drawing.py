@@ -5,6 +5,7 @@ import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from easyref.cli import app
 from easyref.data.shards import ImageStore
 from easyref.drawing import PNG_KEY, Artist, Reference, Settings, Wish, _file, parse_scale
 from easyref.images import ImageError
+from easyref.pipeline import Request
 from easyref.records import sha256_file
 from easyref.seeds import numpy_rng
 
@@ -72,6 +74,23 @@ def test_what_a_step_raises_ends_the_drawing(artist: Artist, references: list[Pa
     with pytest.raises(InterruptedError):
         artist.draw(WISH, [Reference.read(references[0])], [0], stop)
     assert seen == [1] and artist.draw(WISH, [Reference.read(references[0])], [0])
+
+
+def test_what_is_drawn_is_kept_when_a_later_batch_fails(
+    artist: Artist, references: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = artist.easyref.draw
+
+    def draw(requests: list[Request], *rest: Any, **options: Any) -> list[Image.Image]:
+        if requests[0].seed == 8:
+            raise InterruptedError
+        return whole(requests, *rest, **options)
+
+    monkeypatch.setattr(artist.easyref, "draw", draw)
+    monkeypatch.setattr("easyref.cli._artist", lambda *_: artist)
+    with pytest.raises(InterruptedError):
+        generate("--ref", str(references[0]), "--steps", "1", "--num", "9", "--out", str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{seed}.png" for seed in range(8)]
 
 
 def test_generate_from_a_picture_draws_the_same_bits(tmp_path: Path, references: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:

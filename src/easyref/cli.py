@@ -362,12 +362,11 @@ def _draw(artist: Artist, wish: Wish, references: list[Reference], batches: list
     from easyref.progress import track
     from easyref.records import write_bytes
 
-    images: dict[int, bytes] = {}
     for batch in track(batches, "generate", len(batches), "batches"):
-        images |= zip(batch, artist.draw(wish, references, batch), strict=True)
-    for seed in seeds:
-        write_bytes(out / f"{seed}.png", images[seed])
-        print(out / f"{seed}.png")
+        for seed, png in zip(batch, artist.draw(wish, references, batch), strict=True):
+            if seed in seeds:
+                write_bytes(out / f"{seed}.png", png)
+                print(out / f"{seed}.png", flush=True)
 
 
 def _batches(seeds: list[int]) -> list[list[int]]:
