@@ -63,13 +63,13 @@ def judged(emoji: Emoji, answers: Answers, out: Path, weights: str = "w", **chan
     """`evaluate` of the stage, drawn by `answers`."""
     arguments: dict[str, Any] = {"samples": emoji.samples, "images": emoji.images, "params": PARAMS, "seed": 0, **change}
     arguments |= {"out": out, "embedded": out / "no embeddings"}
-    return evaluate(EVALUATE, load=emoji.load, painters={"together": Painter(answers, weights)}, **arguments)
+    return evaluate(EVALUATE, load=emoji.load, painters={"together": Painter(lambda: answers, weights)}, **arguments)
 
 
 def made(
     cases: list[Case], emoji: Emoji, answers: Answers, out: Path, made_with: Any = "w", batch: int = 4
 ) -> tuple[Images, list[str]]:
-    return make_images(cases, CONDITIONS, emoji.load, {"together": Painter(answers, made_with)}, out, batch)
+    return make_images(cases, CONDITIONS, emoji.load, {"together": Painter(lambda: answers, made_with)}, out, batch)
 
 
 @dataclass
@@ -185,9 +185,21 @@ def test_a_reference_that_cannot_be_loaded_costs_only_its_sample(emoji: Emoji, t
             raise OSError("truncated")
         return emoji.load(sha)
 
-    images, problems = make_images(cases, CONDITIONS, load, {"together": Painter(Answers(emoji), "w")}, tmp_path, batch=18)
+    images, problems = make_images(cases, CONDITIONS, load, {"together": Painter(lambda: Answers(emoji), "w")}, tmp_path, batch=18)
     hit = [c for c in cases if bad in c.right or bad in c.shuffled]
     assert {case for case, _ in images} == {c for c in cases if c not in hit} and len(problems) == len(hit) >= 1
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_run_and_is_tried_once(emoji: Emoji, tmp_path: Path) -> None:
+    cases, tries = select_cases(emoji.samples, emoji.images, {"held_out": 6}, 0)[0], []
+
+    def load() -> Any:
+        tries.append("once")
+        raise FileNotFoundError("models/base/diffusion: base model missing")
+
+    with pytest.raises(FileNotFoundError, match="base model missing"):
+        make_images(cases, CONDITIONS, emoji.load, {"together": Painter(load, "w")}, tmp_path, batch=4)
+    assert tries == ["once"]
 
 
 def test_nothing_that_works_is_an_error_with_the_first_reason(emoji: Emoji, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def cases(emoji: Emoji) -> list[Case]:
 @pytest.fixture(scope="module")
 def rows(emoji: Emoji, cases: list[Case], tmp_path_factory: pytest.TempPathFactory) -> list[GridRow]:
     out = tmp_path_factory.mktemp("grid")
-    images, _ = make_images(cases, CONDITIONS, emoji.load, {"together": Painter(Answers(emoji), "w")}, out, batch=12)
+    images, _ = make_images(cases, CONDITIONS, emoji.load, {"together": Painter(lambda: Answers(emoji), "w")}, out, batch=12)
     return grid_rows(cases, images, emoji.load, per_kind=2)
 
 

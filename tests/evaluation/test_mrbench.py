@@ -50,7 +50,8 @@ def run(emoji: Emoji, out: Path) -> tuple[Evaluated, dict[str, Answers]]:
     answers = {
         reading: Answers(emoji, paste=reading in ("average", "lora")) for reading in ("together", "average", "concatenation", "lora")
     }
-    painters = {reading: Painter(answer, reading) for reading, answer in answers.items()} | {"copy": Painter(baselines.copy, "copy")}
+    painters = {reading: Painter(partial(answers.get, reading), reading) for reading in answers}  # type: ignore[arg-type]
+    painters["copy"] = Painter(lambda: baselines.copy, "copy")
     similarity = [Similarity("clip", mean_colour, lambda texts: np.ones((len(texts), 3)))]
     arguments: dict[str, Any] = {"load": emoji.load, "painters": painters, "p": PARAMS, "drawing": DRAWING, "seed": 0, "out": out}
     arguments["embedded"] = out / "no embeddings"

@@ -87,7 +87,7 @@ def test_evaluate_takes_them(emoji: Emoji, folder: Path, tmp_path: Path, monkeyp
         return [r["references"][0] if r["references"] else emoji.load(emoji.images["sha256"][0]) for r in requests]
 
     arguments = {"seed": 0, "out": tmp_path / "out", "embedded": tmp_path, "limits": {"dreambench": 3}}
-    painters = {"together": Painter(paste, "paste")}
+    painters = {"together": Painter(lambda: paste, "paste")}
     result = evaluate(COMPARISON, found.samples, found.images, found.load, painters, PARAMS, **arguments).result["dreambench"]
     assert result["fidelity"]["samples"] == 3 and result["fidelity"]["easyref"] == pytest.approx(1, abs=1e-3)
     assert result["fidelity"]["easyref_minus_shuffled"]["mean"] > 0.2

@@ -43,9 +43,10 @@ class Method:
 
 @dataclass(frozen=True)
 class Painter:
-    """`made_with` (JSON-able: weights, settings) is what its images depend on beside the request."""
+    """`load` is called when an image is not there. `made_with` (JSON-able: weights, settings) is what images depend on beside the
+    request."""
 
-    draw: Generate
+    load: Callable[[], Generate]
     made_with: Any
 
 
@@ -117,9 +118,10 @@ def make_images(
     problems: dict[Case, str] = {}
     with bar(len(wanted), "generate", initial=len(wanted) - sum(map(len, pending.values()))) as progress:
         for reading, jobs in pending.items():
+            draw = painters[reading].load()  # what fails here is no sample's fault: it ends the run, once
             for start in range(0, len(jobs), batch):
                 part = jobs[start : start + batch]
-                made, broken = _run(part, load, painters[reading].draw)
+                made, broken = _run(part, load, draw)
                 for job, image in made.items():
                     write_bytes(wanted[job], to_png(image))
                 for (case, method), reason in broken.items():

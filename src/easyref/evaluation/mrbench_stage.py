@@ -43,7 +43,7 @@ def mrbench_stage(params: Params, data: Path, models: Path, out: Path, work: Pat
     painters["lora"] = place.painter(
         lambda: tune(place.base_pipe, p.lora, drawing, params.seed), p.lora.model_dump(), params.seed, code
     )
-    painters["copy"] = Painter(baselines.copy, "copy")
+    painters["copy"] = Painter(lambda: baselines.copy, "copy")
     groups = read_table(data / "split" / "groups.parquet")
     found = mrbench(
         place.samples, place.images, groups, place.store.image, painters, p, drawing, seed=params.seed, out=work,

@@ -71,16 +71,9 @@ class Place:
         return {"base": [sha256_file(file) for file in shared], "easyref": [sha256_file(self.checkpoint / WEIGHTS)]}
 
     def painter(self, make: Callable[[], Generate], *made_with: Any) -> Painter:
-        """`make` is called at the first image that is not there. Its images depend on `made_with`, the base models, the code that draws
-        and the settings."""
-        p, drawn = self.params.evaluate, list[Generate]()
-
-        def draw(requests: list[generations.Request]) -> list[Any]:
-            if not drawn:
-                drawn.append(make())
-            return drawn[0](requests)
-
-        return Painter(draw, [*self.hashes["base"], p.steps, p.guidance, p.scale, p.precision, *made_with])
+        """Its images depend on `made_with`, the base models, the code that draws and the settings."""
+        p = self.params.evaluate
+        return Painter(make, [*self.hashes["base"], p.steps, p.guidance, p.scale, p.precision, *made_with])
 
     def ours(self, make: Callable[[EasyRef], Generate]) -> Painter:
         """One that draws with the checkpoint."""
