@@ -29,7 +29,7 @@ from easyref.data.check import Checked
 from easyref.data.dataset import TrainingImages
 from easyref.data.group import label_groups
 from easyref.data.shards import ImageStore
-from easyref.data.sources import Found, from_folder
+from easyref.data.sources import Found, from_folder, from_table, from_tars
 from easyref.data.split import split_images
 from easyref.images import Reason
 from easyref.records import read_table, write_table
@@ -329,6 +329,46 @@ def test_tars_give_captions_and_refuse_what_leaves_them(tmp_path: Path) -> None:
         "00001.tar": "tar", "00002.tar": "tar", "00003.tar": "tar",
         "00004.tar": "tar",
     }  # fmt: skip
+
+
+def test_a_damaged_tar_gives_what_stands_before_the_damage(tmp_path: Path) -> None:
+    """A download that was cut off, in an image and in a caption; and a member whose size leads back to itself."""
+    images = [encoded(picture(i)) for i in range(4)]
+    pack(tmp_path / "a.tar", [m for i, image in enumerate(images) for m in ((f"{i}.png", image), (f"{i}.txt", b"words " * 200))])
+    data = (tmp_path / "a.tar").read_bytes()
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        at = [member.offset_data for member in tar]
+    negative = bytearray(tarfile.TarInfo("back.png").tobuf(tarfile.GNU_FORMAT))
+    negative[124:136] = (256**12 - 512).to_bytes(12, "big")
+    negative[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(negative))[0]
+    for damaged, whole, captions in (
+        (data[: at[4] + 700], 2, 2), (data[: at[5] + 700], 3, 2), (data[: at[6] + 5], 3, 3),
+        (data[: at[4] - tarfile.BLOCKSIZE] + negative + bytes(1024), 2, 2),
+    ):  # fmt: skip
+        (tmp_path / "a.tar").write_bytes(damaged)
+        *found, last = from_tars(tmp_path / "a.tar")
+        assert [f.read(10**6) for f in found[:whole]] == images[:whole] and len(found) <= whole + 1  # of one there is a part
+        assert [bool(f.caption) for f in found[:whole]] == [i < captions for i in range(whole)]
+        assert last.refused and last.refused[0] == "tar" and last.refused[1].startswith("damaged (")
+
+
+def test_what_macos_writes_beside_an_image_is_none(tmp_path: Path) -> None:
+    notes = {"._0.png": b"\0\5\x16\7", "._0.json": b"\0\5\x16\7", ".DS_Store": b"x", "more/._1.png": b"x"}
+    pack(tmp_path / "a.tar", [("0.png", GOOD), *notes.items(), ("more/1.png", GOOD)])
+    (tmp_path / "more").mkdir()
+    for name, data in {"0.png": GOOD, **notes}.items():
+        (tmp_path / name).write_bytes(data)
+    assert [(f.name, f.refused) for f in from_tars(tmp_path / "a.tar")] == [("a.tar/0.png", None), ("a.tar/more/1.png", None)]
+    assert [f.name for f in from_folder(tmp_path)] == ["0.png"]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path: Path) -> None:
+    """As Windows writes text."""
+    words, fields = (text.encode("utf-8-sig") for text in ("a red thing", '{"caption": "a red thing"}'))
+    (tmp_path / "0.png").write_bytes(GOOD)
+    (tmp_path / "0.txt").write_bytes(words)
+    pack(tmp_path / "a.tar", [("0.png", GOOD), ("0.txt", words), ("1.png", GOOD), ("1.json", fields)])
+    assert [f.caption for f in (*from_folder(tmp_path), *from_tars(tmp_path / "a.tar"))] == ["a red thing"] * 3
 
 
 def test_a_caption_is_not_read_through_a_link_that_leaves_the_folder(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import polars as pl
 from easyref.images import ImageError, Reason
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+NOTES = "._"  # begins what macOS writes beside a file, under the file's own suffix
 MAX_SIDECAR = 2**20  # bytes of a caption or JSON beside an image
 #: Columns of a table by what we call them; the first that is there counts.
 COLUMNS = {
@@ -77,7 +78,7 @@ def from_folder(folder: Path) -> Iterator[Found]:
     inside = os.path.realpath(folder)  # resolve(), is_symlink() and is_file() raise at links in a circle, or where rights are missing
     for place, folders, files in os.walk(folder, onerror=locked.append):
         folders.sort()
-        for path in sorted(Path(place, name) for name in files if Path(name).suffix.lower() in SUFFIXES):
+        for path in (Path(place, name) for name in sorted(files) if _is_image(name)):
             name = path.relative_to(folder).as_posix()
             if os.path.islink(path) and not Path(os.path.realpath(path)).is_relative_to(inside):
                 yield Found(name, str(path), refused=("member", "a link that leaves the folder; copy the file"))
@@ -97,54 +98,63 @@ def from_tars(place: Path) -> Iterator[Found]:
     """Images of a tar file, or of all of a folder, as webdataset and img2dataset write them: members `key.jpg`, `key.txt`,
     `key.json` (caption, group, license). Nothing is unpacked, and nothing but images, text and JSON is read."""
     for path in sorted(place.glob("*.tar")) if place.is_dir() else [place]:
-        try:
-            with tarfile.open(path, "r:") as tar:
-                yield from _members(path, tar)
-        except (tarfile.TarError, OSError, ValueError, RecursionError) as error:
-            yield Found(path.name, str(path), refused=("tar", f"not a plain tar file ({error}); unpack or pack it again"))
+        yield from _members(path)
 
 
-def _members(path: Path, tar: tarfile.TarFile) -> Iterator[Found]:
+def _members(path: Path) -> Iterator[Found]:
+    """Those of one tar file; where it is damaged, what stands before."""
     beside: dict[str, dict[str, Any]] = {}
-    images: list[tuple[str, tarfile.TarInfo]] = []
-    for member in tar:
-        name = f"{path.name}/{member.name}"
-        inside = PurePosixPath(member.name)
-        if inside.is_absolute() or ".." in inside.parts:
-            yield Found(name, str(path), refused=("member", "a name that leaves the archive"))
-        elif member.isdir():
-            continue
-        elif not member.isreg() or member.issparse():
-            yield Found(name, str(path), refused=("member", "a link, device or sparse file"))
-        else:
-            key = str(inside.with_name(inside.name.split(".")[0]))  # webdataset: up to the first dot
-            suffix = inside.suffix.lower()
-            if suffix in SUFFIXES:
-                images.append((key, member))
-            elif suffix in (".txt", ".json") and member.size <= MAX_SIDECAR:
-                file = tar.extractfile(member)
-                assert file is not None
-                caption, refused = _sidecar(file.read(), suffix)
-                values = caption if isinstance(caption, dict) else {"caption": caption}
-                known = beside.setdefault(key, {})
-                new = {k: _words(values[k]) for k in FIELDS if _words(values.get(k))} | ({"refused": refused} if refused else {})
-                beside[key] = known | new if suffix == ".txt" else new | known  # of two captions, the text's
-    for key, member in images:
+    images: list[tuple[str, str, int, int]] = []  # key, name, and where its bytes are
+    end, damage = 0, ""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                tar.members = []  # type: ignore[attr-defined]  # else it keeps them all
+                if tar.offset <= end:
+                    raise ValueError("a member of less than nothing")  # tarfile reads it again for ever
+                end = tar.offset
+                name = f"{path.name}/{member.name}"
+                inside = PurePosixPath(member.name)
+                if inside.is_absolute() or ".." in inside.parts:
+                    yield Found(name, str(path), refused=("member", "a name that leaves the archive"))
+                elif member.isdir() or inside.name.startswith(NOTES):
+                    continue
+                elif not member.isreg() or member.issparse():
+                    yield Found(name, str(path), refused=("member", "a link, device or sparse file"))
+                else:
+                    suffix = inside.suffix.lower()
+                    key = str(inside.parent / inside.name.split(".")[0])  # webdataset: up to the first dot
+                    if _is_image(inside.name):
+                        images.append((key, name, member.offset_data, member.size))
+                    elif suffix in (".txt", ".json") and member.size <= MAX_SIDECAR:
+                        file = tar.extractfile(member)
+                        assert file is not None
+                        caption, refused = _sidecar(file.read(), suffix)
+                        values = caption if isinstance(caption, dict) else {"caption": caption}
+                        new: dict[str, Any] = {k: _words(values[k]) for k in FIELDS if _words(values.get(k))}
+                        new |= {"refused": refused} if refused else {}
+                        known = beside.setdefault(key, {})
+                        beside[key] = known | new if suffix == ".txt" else new | known  # of two captions, the text's
+        with open(path, "rb") as rest:  # tarfile takes a broken header for the end of the archive
+            rest.seek(end)
+            if rest.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                damage = f"damaged at byte {end}"
+    except (tarfile.TarError, OSError, ValueError, RecursionError) as error:
+        damage = f"damaged ({error})" if end else f"not a plain tar file ({error})"
+    for key, name, offset, size in images:
         values = beside.get(key, {})
+        licence = values.get("licence") or values.get("license", "")
         yield Found(
-            f"{path.name}/{member.name}", str(path), member.offset_data, member.size, values.get("caption", ""),
-            values.get("group", ""), values.get("licence") or values.get("license", ""), refused=values.get("refused"),
-        )  # fmt: skip
-    with open(path, "rb") as file:  # tarfile takes a broken header for the end of the archive
-        file.seek(tar.offset)
-        if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
-            yield Found(path.name, str(path), refused=("tar", f"damaged at byte {tar.offset}; what follows cannot be read"))
+            name, str(path), offset, size, values.get("caption", ""), values.get("group", ""), licence, refused=values.get("refused")
+        )
+    if damage:
+        yield Found(path.name, str(path), refused=("tar", f"{damage}; what follows cannot be read; get it again, or pack it again"))
 
 
 def _sidecar(data: bytes | Path, suffix: str = ".txt") -> tuple[Any, tuple[Reason, str] | None]:
     """Caption, or fields of a JSON, from the bytes of the file beside an image."""
     try:
-        text = (data.read_bytes() if isinstance(data, Path) else data).decode()
+        text = (data.read_bytes() if isinstance(data, Path) else data).decode("utf-8-sig")
         values = json.loads(text) if suffix == ".json" else text.strip()
         if suffix == ".json" and not isinstance(values, dict):
             raise ValueError("not an object")
@@ -219,6 +229,10 @@ def from_upstream(path: Path) -> Iterator[Found]:
             parent[b] = a
     for name in sorted(parent):
         yield Found(name, str(path.parent / name), caption=texts[name], group=root(name), face=faces.get(name))
+
+
+def _is_image(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in SUFFIXES and not name.startswith(NOTES)
 
 
 def _words(value: Any) -> str:
