@@ -425,6 +425,19 @@ def test_tables_of_paths_and_captions(tmp_path: Path, suffix: str) -> None:
         ingest.ingest(settings("table", tmp_path / "other.parquet"), tmp_path / "x", tmp_path / "work")
 
 
+def test_a_table_says_what_stands_in_it(tmp_path: Path) -> None:
+    """`007` is no number, and a field need not be among the first hundred rows; a name is no pattern."""
+    rows = [{"path": f"{i:03d}"} for i in range(150)] + [{"path": "true", "caption": "1e3", "group": "007"}]
+    lines = "\n".join(map(json.dumps, [*rows[:2], *({"path": row["path"], "caption": None} for row in rows[2:-1]), rows[-1]]))
+    (tmp_path / "t[1].csv").write_text("path,caption,group\n" + "\n".join(",".join([*row.values(), "", ""][:3]) for row in rows))
+    (tmp_path / "t[1].jsonl").write_text(lines)
+    (tmp_path / "t1.jsonl").write_text('{"path": "another"}')
+    for suffix in ("csv", "jsonl"):
+        found = list(from_table(tmp_path / f"t[1].{suffix}"))
+        assert [f.name for f in found] == [row["path"] for row in rows]
+        assert (found[-1].caption, found[-1].group, found[0].group) == ("1e3", "007", "")
+
+
 @pytest.mark.parametrize(
     ("text", "what"),
     [

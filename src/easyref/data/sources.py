@@ -6,12 +6,14 @@ so that every image of the source ends as a row of images.parquet or of rejects.
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import os
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -170,20 +172,23 @@ def from_table(path: Path) -> Iterator[Found]:
     Raises:
         ValueError: not a table, or no column of paths.
     """
-    readers: dict[str, Callable[..., pl.DataFrame]] = {
-        ".parquet": pl.read_parquet, ".jsonl": pl.read_ndjson, ".ndjson": pl.read_ndjson, ".csv": pl.read_csv,
+    lines = partial(pl.scan_ndjson, infer_schema_length=None)  # of all rows: else polars goes by the first hundred
+    readers: dict[str, Callable[..., pl.LazyFrame]] = {
+        ".parquet": pl.scan_parquet, ".jsonl": lines, ".ndjson": lines, ".csv": partial(pl.scan_csv, infer_schema=False),
     }  # fmt: skip
     if path.suffix not in readers:
         raise ValueError(f"{path}: not a table; give a .parquet, .jsonl or .csv file")
     try:
-        table = readers[path.suffix](path)
+        table = readers[path.suffix](glob.escape(str(path)))
+        there = table.collect_schema().names()
+        chosen = {ours: next((c for c in theirs if c in there), None) for ours, theirs in COLUMNS.items()}
+        columns = {ours: theirs for ours, theirs in chosen.items() if theirs}
+        rows = table.select(columns.values()).collect()
     except Exception as error:  # polars raises many types
         raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]}); write it again") from error
-    chosen = {ours: next((c for c in theirs if c in table.columns), None) for ours, theirs in COLUMNS.items()}
-    if chosen["path"] is None:
-        raise ValueError(f"{path}: no column {' or '.join(COLUMNS['path'])}; it has {', '.join(table.columns)}")
-    columns = {ours: theirs for ours, theirs in chosen.items() if theirs}
-    for number, row in enumerate(table.select(list(columns.values())).iter_rows(named=True)):
+    if "path" not in columns:
+        raise ValueError(f"{path}: no column {' or '.join(COLUMNS['path'])}; it has {', '.join(there)}")
+    for number, row in enumerate(rows.iter_rows(named=True)):
         values = {ours: row[theirs] for ours, theirs in columns.items()}
         given = values.pop("path")
         if not isinstance(given, str) or not given:
