@@ -114,10 +114,13 @@ def turned_box(box: Sequence[float], orientation: int, width: int, height: int) 
 def _to_srgb(image: Image.Image) -> Image.Image:
     """Colours by the embedded profile; one that is broken or does not fit is ignored."""
     profile = image.info.get("icc_profile")
-    if not profile or image.mode not in ("RGB", "CMYK"):
+    if profile and (image.mode == "P" or "transparency" in image.info):
+        image = image.convert("RGBA")
+    if not profile or image.mode not in ("RGB", "RGBA", "CMYK"):
         return image
+    mode = "RGBA" if image.mode == "RGBA" else "RGB"
     try:
-        return ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB") or image
+        return ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode=mode) or image
     except (ImageCms.PyCMSError, OSError, ValueError):
         return image
 

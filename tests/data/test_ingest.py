@@ -31,7 +31,7 @@ from easyref.data.group import label_groups
 from easyref.data.shards import ImageStore
 from easyref.data.sources import Found, from_folder, from_table, from_tars
 from easyref.data.split import split_images
-from easyref.images import Reason
+from easyref.images import Reason, open_image
 from easyref.records import read_table, write_table
 
 SIZE = 32
@@ -174,6 +174,20 @@ def test_repairs_keep_what_the_picture_shows(tmp_path: Path) -> None:
         expected = expected.resize((row["width"], row["height"]), Image.Resampling.LANCZOS)
         error = np.abs(np.asarray(store.image(row["sha256"]), int) - np.asarray(expected, int)).mean()
         assert error < 12, row["source"]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_colours_are_those_of_the_profile_whatever_the_mode(mode: str) -> None:
+    """A profile whose red is blue; what is transparent stays white."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    red, blue = (profile.index(name, 128) for name in (b"rXYZ", b"bXYZ"))
+    profile[red : red + 4], profile[blue : blue + 4] = b"bXYZ", b"rXYZ"
+    image = Image.new("RGBA", (8, 8), (255, 0, 0, 255))
+    image.paste((0, 0, 0, 0), (0, 0, 4, 8))
+    image = image.convert("RGB").quantize(2) if mode == "P" else image.convert(mode)
+    clear = {} if mode == "RGBA" else {"transparency": image.getpixel((0, 0))}
+    found = open_image(encoded(image, icc_profile=bytes(profile), **clear))
+    assert (found.getpixel((0, 0)), found.getpixel((7, 0))) == ((255, 255, 255), (0, 0, 255))
 
 
 def test_a_good_image_of_the_right_size_is_stored_as_it_came(tmp_path: Path) -> None:
