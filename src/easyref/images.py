@@ -58,7 +58,8 @@ def open_image(source: str | Path | bytes, name: str = "", limits: Limits = Limi
     image = _header(data, name, limits)
     try:
         image.load()
-        return to_rgb(_to_srgb(ImageOps.exif_transpose(image)))
+        turned = ImageOps.exif_transpose(image) if orientation(image) != 1 else image
+        return to_rgb(_to_srgb(turned))
     except Exception as error:
         raise ImageError(f"{name}: broken image data ({type(error).__name__}); save it again", "broken") from error
 
@@ -99,6 +100,14 @@ def _header(data: bytes, name: str, limits: Limits) -> Image.Image:
         if frames > limits.max_frames:
             raise ImageError(f"{name}: {frames} frames, at most {limits.max_frames}; give a still image", "frames")
     return image
+
+
+def orientation(image: Image.Image) -> int:
+    """How its EXIF says that it lies; 1, upright, where that cannot be read."""
+    try:
+        return image.getexif().get(0x0112, 1)
+    except Exception:  # pillow raises many types on broken EXIF
+        return 1
 
 
 def turned_box(box: Sequence[float], orientation: int, width: int, height: int) -> tuple[float, float, float, float]:

@@ -121,6 +121,8 @@ FAULTS: dict[str, tuple[bytes, Reason | None]] = {
     "turned.jpg": (encoded(picture(927, 60, 40), "JPEG", exif=exif(6), quality=95), None),
     "corrupt_profile.png": (encoded(picture(928), icc_profile=b"no profile at all"), None),
     "foreign_profile.png": (encoded(picture(929), icc_profile=swapped_profile()), None),
+    "broken_exif.png": (encoded(picture(933), exif=b"no EXIF at all"), None),
+    "cut_exif.webp": (encoded(picture(934), "WEBP", exif=b"Exif\0\0II*\0"), None),
     "animated.webp": (encoded(picture(930), "WEBP", save_all=True, append_images=[picture(931)]), None),
     "trailing.jpg": (encoded(picture(932), "JPEG") + b"rubbish" * 100, None),
 }
@@ -230,6 +232,13 @@ def test_an_image_that_stalls_or_kills_its_worker_is_one_reject(
     with check.Checker(SIZE, settings("folder", tmp_path, seconds=5.0, memory_mib=4096).ingest.limits) as checker:
         results = list(checker(found))
     assert [r.reason if isinstance(r, check.Rejected) else "" for r in results] == ["", "", reason, "", "", ""]
+
+
+def test_an_image_over_the_memory_says_so(tmp_path: Path) -> None:
+    (tmp_path / "big.png").write_bytes(encoded(Image.new("RGB", (6000, 6000))))
+    with check.Checker(SIZE, load_params("params.yaml").ingest.limits.model_copy(update={"memory_mib": 150})) as checker:
+        (result,) = checker([Found("big.png", str(tmp_path / "big.png"))])
+    assert isinstance(result, check.Rejected) and result.reason == "crash" and "more memory than memory_mib 150" in result.detail
 
 
 def check_with_fault(found: Any, size: int, limits: Any) -> Any:

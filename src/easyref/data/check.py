@@ -14,7 +14,7 @@ from PIL import Image
 
 from easyref.config import IngestLimits
 from easyref.data.sources import Found
-from easyref.images import ImageError, Limits, Reason, file_suffix, open_image, to_png, turned_box
+from easyref.images import ImageError, Limits, Reason, file_suffix, open_image, orientation, to_png, turned_box
 from easyref.records import sha256_bytes
 
 LOSSY = ("JPEG", "MPO", "WEBP")  # MPO: a JPEG with more pictures behind it, as telephones write
@@ -47,22 +47,22 @@ def check(found: Found, size: int, limits: IngestLimits) -> Checked | Rejected:
         image = open_image(data, found.name, image_limits(limits))
         with Image.open(io.BytesIO(data)) as raw:
             kept = raw.mode == "RGB" and min(raw.size) == size and raw.size == image.size and raw.info.get("icc_profile") is None
-            orientation = raw.getexif().get(0x0112, 1)
-            kept = kept and orientation == 1 and getattr(raw, "n_frames", 1) == 1
+            lies = orientation(raw)
+            kept = kept and lies == 1 and getattr(raw, "n_frames", 1) == 1
             kind = raw.format or ""
         # not raw.size: Pillow turns a TIFF's, and no other format's, as its EXIF says
-        width, height = image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
+        width, height = image.size[::-1] if lies in (5, 6, 7, 8) else image.size
         scale = size / min(image.size)
         if scale != 1:
             shape = [max(size, round(side * scale)) for side in image.size]
             image = image.resize((shape[0], shape[1]), Image.Resampling.LANCZOS)
-    except ImageError as error:
-        return Rejected(error.reason, str(error))
-    except MemoryError:
-        return Rejected("crash", f"{found.name}: more memory than memory_mib {limits.memory_mib}; shrink it")
+    except (ImageError, MemoryError) as error:
+        if isinstance(error, ImageError) and not isinstance(error.__cause__, MemoryError):
+            return Rejected(error.reason, str(error))
+        return Rejected("crash", f"{found.name}: more memory than memory_mib {limits.memory_mib}; shrink it, or raise that")
     face = None
     if found.face:
-        box = turned_box(found.face, orientation, width, height)
+        box = turned_box(found.face, lies, width, height)
         face = [min(max(0, round(at * scale)), most) for at, most in zip(box, image.size * 2, strict=True)]
         if face[0] >= face[2] or face[1] >= face[3]:
             return Rejected("record", f"{found.name}: its face {found.face} is not inside of it; correct it, or leave it out")
