@@ -80,6 +80,8 @@ def _header(data: bytes, name: str, limits: Limits) -> Image.Image:
         if "text chunk" in str(error).lower() or "MAX_TEXT" in str(error):
             raise ImageError(f"{name}: more text in it than pillow takes; save it without", "metadata") from error
         raise ImageError(f"{name}: not an image that can be read; give a {', '.join(FORMATS)} file", "format") from error
+    if image.mode in ("I", "F"):
+        raise ImageError(f"{name}: pixels of 32 bits, and nothing says which are white; save it with 8 or 16", "format")
     width, height = image.size
     if width > limits.max_side or height > limits.max_side or width * height > limits.max_pixels:
         cap = f"{limits.max_pixels} pixels or {limits.max_side} a side"
