@@ -10,6 +10,7 @@ import sys
 import tarfile
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from easyref.data.dataset import TrainingImages
 from easyref.data.group import label_groups
 from easyref.data.shards import ImageStore
 from easyref.data.sources import Found, from_folder, from_table, from_tars
-from easyref.data.split import split_images
+from easyref.data.split import split_images, thumbnails
 from easyref.images import Reason, open_image
 from easyref.records import read_table, write_table
 
@@ -600,6 +601,16 @@ def test_near_duplicates_are_those_of_brute_force(tmp_path: Path) -> None:
                 seen.take(str(number), str(number), pixels.tobytes())
                 kept.append(number)
         assert found[-1] is not None and (distance == 0 or 10 < len(kept) < 80)
+
+
+def test_few_images_are_compared_with_one() -> None:
+    """Else a million take the square of a million: of emoji, which all lie on white, under one in a hundred."""
+    store, seen = ImageStore("data/images"), ingest._Seen(4.0)
+    pictures = [pixels.tobytes() for pixels in thumbnails(store, store.table["sha256"].gather_every(8).to_list())]
+    cells = Counter(cell for pixels in pictures for cell in seen._cells(pixels, 0))
+    assert sum(cells.values()) == len(pictures) > 1000
+    compared = [sum(cells[cell] for cell in seen._cells(pixels, seen.reach)) for pixels in pictures[::8]]
+    assert np.mean(compared) < 0.01 * len(pictures)
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not hasattr(os, "setresuid"), reason="takes another user's rights")
