@@ -569,6 +569,9 @@ def test_faces_of_the_upstream_json_reach_the_training(tmp_path: Path, monkeypat
             left = 10 + int(name[0])
             assert images.faces[i] == (round(left / 2), 10, round((left + 20.6) / 2), 22)
     assert len(images.faces) > 12
+    assert CliRunner().invoke(app, ["upstream", "back"]).exit_code == 0
+    back = {Path(e["target"]).stem: e.get("face") for e in json.loads(Path("back/data.json").read_text())}
+    assert back == {images.sha256s[i]: [list(images.faces[i])] if i in images.faces else None for _, of in images.groups for i in of}
 
 
 @pytest.mark.parametrize("orientation", range(10))

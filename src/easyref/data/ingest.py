@@ -123,7 +123,7 @@ def _ingest_heap(p: Ingest, out: Path, work: Path) -> dict[str, int]:
         for part in parts:
             for shard in part.glob("*.tar"):
                 shutil.copy(shard, folder)
-        images = pl.concat([read_table(part / "images.parquet") for part in parts])
+        images = pl.concat([read_table(part / "images.parquet").select(*IMAGE_COLUMNS, "face") for part in parts])
         write_table(folder / "images.parquet", images.select(IMAGE_COLUMNS))
         faces = images.filter(pl.col("face").is_not_null())
         if len(faces):

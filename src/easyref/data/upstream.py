@@ -1,4 +1,5 @@
-"""Training groups as the JSON and image files that the published training code reads (`{target, image_file, text}`)."""
+"""Training groups as the JSON and image files that the published training code reads (`{target, image_file, text}`, and `face` where
+the target has one)."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from pathlib import Path
 from easyref.data.shards import ImageStore
 from easyref.images import file_suffix
 from easyref.progress import track
-from easyref.records import atomic_folder, read_table, write_json
+from easyref.records import FACE_COLUMNS, atomic_folder, read_table, write_json
 
 
 def write_upstream(data: Path, out: Path) -> int:
@@ -15,6 +16,8 @@ def write_upstream(data: Path, out: Path) -> int:
     Returns the number of entries."""
     store = ImageStore(data / "images")
     groups = read_table(data / "split" / "groups.parquet").filter(split="train").sort("group_id")
+    boxes = data / "split" / "faces.parquet"
+    faces = {sha256: box for sha256, *box in read_table(boxes).select(FACE_COLUMNS).iter_rows()} if boxes.exists() else {}
     entries: list[dict] = []
     with atomic_folder(out) as folder:
         (folder / "images").mkdir()
@@ -27,6 +30,7 @@ def write_upstream(data: Path, out: Path) -> int:
                     (folder / names[sha256]).write_bytes(content)
             for target in group["members"]:
                 others = [names[sha256] for sha256 in group["members"] if sha256 != target]
-                entries.append({"target": names[target], "image_file": others, "text": store.rows[target]["caption"]})
+                entry = {"target": names[target], "image_file": others, "text": store.rows[target]["caption"]}
+                entries.append(entry | ({"face": [faces[target]]} if target in faces else {}))
         write_json(folder / "data.json", entries)
     return len(entries)
