@@ -87,6 +87,20 @@ def test_given_groups_of_three_are_trained_on_and_others_images_are_refused(tabl
         split_images(store, groups.with_columns(pl.lit(["0" * 64], pl.List(pl.String)).alias("members")), params.split, 0)
 
 
+def test_every_sample_has_two_references_where_kinds_share_images(tables) -> None:
+    """Of ten subjects in four images, which are two styles as well, many targets are withheld."""
+    _, _, params = tables
+    store = ImageStore(IMAGES)
+    store.table = store.table.unique("concept", maintain_order=True).unique("subject", maintain_order=True).head(40)
+    names = store.table["sha256"].to_list()
+    groups = [("subject", names[4 * i : 4 * i + 4]) for i in range(10)] + [("style", names[i::2]) for i in range(2)]
+    rows = [{"group_id": f"{kind}/{i}", "kind": kind, "split": "", "members": of} for i, (kind, of) in enumerate(groups)]
+    p = params.split.model_copy(update={"samples_per_group": 6, "held_out_share": 0.2})
+    for seed in range(5):
+        samples = split_images(store, pl.DataFrame(rows), p, seed)["samples"].filter(split="held_in")
+        assert len(samples) > 8 and samples["references"].list.len().min() >= 2
+
+
 def test_split_is_the_same_for_the_same_seed_and_another_for_another(tables) -> None:
     _, _, params = tables
     store = ImageStore(IMAGES)

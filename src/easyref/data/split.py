@@ -66,19 +66,22 @@ def split_images(store: ImageStore, groups: pl.DataFrame, params: Split, seed: i
     shas = images["sha256"].to_list()
     has_twin = {shas[i] for pair in near for i in pair}
     samples = []
+    asked: dict[str, list[dict]] = defaultdict(list)  # image → groups with samples
     for name, count in (("held_out", params.held_out_groups), ("held_in", params.held_in_groups)):
         of_side = [p for p in parts if p["split"] == ("held_out" if name == "held_out" else "train")]
         chosen = _balanced([p for p in of_side if len(p["members"]) >= _least(p["kind"])], count, seed)
         for group in chosen:
             rng = random.Random(f"{seed}/samples/{group['group_id']}")
             targets = [m for m in group["members"] if m not in has_twin or name == "held_out"]
-            drawn = rng.sample(targets, min(params.samples_per_group, len(targets)))
-            if name == "held_in":  # withheld targets are no references: at least two must remain
-                drawn = drawn[: max(0, len(group["members"]) - 2)]
-            for target in drawn:
-                samples.append({"split": name, "target": target, "group": group})
-                if name == "held_in":
+            for target in rng.sample(targets, min(params.samples_per_group, len(targets))):
+                if name == "held_in":  # withheld targets are no references: at least two must remain, in other groups of theirs too
+                    if any(sum(side[m] == "train" and m != target for m in g["members"]) < 2 for g in [group, *asked[target]]):
+                        continue
                     side[target] = "held_in"
+                samples.append({"split": name, "target": target, "group": group})
+            if samples and samples[-1]["group"] is group:
+                for member in group["members"]:
+                    asked[member].append(group)
     for part in parts:
         if part["split"] == "train":
             part["members"] = [m for m in part["members"] if side[m] == "train"]
