@@ -228,6 +228,17 @@ def test_groups_do_not_depend_on_shards_and_nan_is_left_out(tmp_path: Path) -> N
     assert one["group_id"].is_unique().all() and (one["cohesion"] > 0.4).all()
 
 
+def test_a_group_that_loses_images_to_another_has_the_cohesion_of_the_rest(tmp_path: Path) -> None:
+    """Two subjects in images 0 and 1: they go to the closer group, 4 and 5 stay."""
+    rng = np.random.default_rng(0)
+    near = [(0, 0.02), (0, 0.02), (0, 0.02), (0, 0.02), (1, 0.15), (1, 0.15), (1, 0.03), (1, 0.03)]
+    vectors = stored(unit(np.array([np.eye(16)[axis] + noise * rng.standard_normal(16) for axis, noise in near])), tmp_path)
+    names = [f"{i:064x}" for i in (0, 1, 2, 3, 0, 1, 4, 5)]
+    first, second = learned_groups({"subject": (names, vectors)}, learning_subjects(0.5), tmp_path, 0).iter_rows(named=True)
+    assert [first["members"], second["members"]] == [names[:4], names[6:]]
+    assert second["cohesion"] == pytest.approx(float(vectors[6:7][0] @ vectors[7:8][0]), abs=1e-5) != first["cohesion"]
+
+
 def doing_or_dying(job: Any, do: partial[None], marks: Path) -> None:
     """The first worker with a job of a kind is killed."""
     try:

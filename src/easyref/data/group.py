@@ -23,7 +23,7 @@ from easyref.config import Group, Params
 from easyref.data.captions import GIVEN
 from easyref.data.embed import largest_faces, read_space
 from easyref.data.engine import Engine, run
-from easyref.data.learned import joined, learn_groups, pair_scores, spread
+from easyref.data.learned import cohesion, joined, learn_groups, pair_scores, spread
 from easyref.data.neighbours import Vectors, kmeans, nearest
 from easyref.records import FACE_COLUMNS, GROUP_COLUMNS, IMAGE_COLUMNS, atomic_folder, read_table, write_json, write_table
 
@@ -115,10 +115,12 @@ def learned_groups(spaces: dict[str, Space], params: Group, work: Path, seed: in
         taken: set[str] = set()
         groups, _ = learn_groups(vectors, p, work, seed, params.memory_gib, jobs)
         for group in sorted(groups, key=lambda g: (-g.cohesion, g.members)):
-            members = sorted({names[i] for i in group.members} - taken)
+            left = [i for i in group.members if names[i] not in taken]
+            members = sorted({names[i] for i in left})
             if len(members) >= p.min_members:
                 taken.update(members)
-                rows.append((f"{kind}/{members[0][:16]}", kind, "", members, group.cohesion))
+                alike = group.cohesion if len(left) == len(group.members) else cohesion(vectors[np.array(left)])
+                rows.append((f"{kind}/{members[0][:16]}", kind, "", members, alike))
     types = (pl.String, pl.String, pl.String, pl.List(pl.String), pl.Float64)
     schema: dict[str, Any] = dict(zip((*GROUP_COLUMNS, "cohesion"), types, strict=True))
     return pl.DataFrame(rows, schema=schema, orient="row").sort("group_id")
