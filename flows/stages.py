@@ -27,6 +27,7 @@ CHILD = Path(__file__).with_name("child.py")
 GRACE = 30  # seconds between SIGTERM and SIGKILL
 EVERY = 10.0  # seconds between two updates of the progress artifact
 _running: set[subprocess.Popen] = set()
+_stopped: set[str] = set()  # flow runs that `stop_all` ended
 
 
 class StageFailed(RuntimeError):
@@ -84,6 +85,8 @@ def run_child(
     timer = threading.Timer(timeout_s, lambda: stop(child)) if timeout_s else None
     begin = time.monotonic()
     try:
+        if flow_run.id in _stopped:  # asked after `add`: whoever stops the run in between finds the child
+            raise StageFailed(f"{name}: not run, for its flow run was stopped")
         if timer:
             timer.start()
         assert child.stdout
@@ -123,7 +126,8 @@ def stop(child: subprocess.Popen) -> None:
 
 
 def stop_all() -> None:
-    """Stop every stage that runs: the flow run was cancelled."""
+    """Stop every stage that runs, and let none begin: the flow run was cancelled, or a stage of it failed."""
+    _stopped.add(flow_run.id)
     for child in list(_running):
         stop(child)
 

@@ -130,15 +130,23 @@ def test_a_stage_that_takes_too_long_is_told_to_end(project: Path) -> None:
     assert (project / "told").read_text() == "SIGTERM"
 
 
-def test_a_cancelled_flow_tells_its_stage_to_end(project: Path) -> None:
-    """As Prefect's worker cancels: SIGTERM to the process of the flow run."""
-    program = f"from flows.pipeline import easyref; easyref(['patient'], release=False, project={str(project)!r})"
+def test_a_cancelled_flow_tells_its_stages_to_end_and_starts_no_other(project: Path) -> None:
+    """As Prefect's worker cancels: SIGTERM to the process of the flow run. Two stages run, the third waits for a thread."""
+    values = yaml.safe_load((project / "dvc.yaml").read_text())["stages"]
+    stages = {
+        "asleep": {"cmd": "touch lying && exec sleep 120", "outs": ["never_either"]},
+        "patient": values["patient"],
+        "waiting": {"cmd": "touch waiting", "outs": ["waiting"]},
+    }
+    (project / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    program = f"from flows.pipeline import easyref; easyref(release=False, project={str(project)!r})"
     env = os.environ | {"PYTHONPATH": str(ROOT), "PREFECT_API_URL": str(get_current_settings().api.url)}
     flow = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=env)
-    wait((project / "started").exists, 120)
+    wait(lambda: (project / "started").exists() and (project / "lying").exists(), 120)
     flow.send_signal(signal.SIGTERM)
     assert flow.wait(60) != 0
     assert (project / "told").read_text() == "SIGTERM"
+    assert not (project / "waiting").exists()
 
 
 @pytest.mark.long
