@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from easyref.records import sha256_file
+from easyref.records import read_json, sha256_file
 
 PROJECT = Path(__file__).parents[1]
 RELEASED = ".work/released.json"  # of the last model that came through the release to its end
@@ -24,3 +24,8 @@ def contents(project: Path) -> dict[str, str]:
     """Hashes of what a release is of, as they are now."""
     files = (project / "models" / "finetune_multi" / "easyref.safetensors", project / "metrics" / "evaluate.json")
     return {path.name: sha256_file(path) for path in files if path.exists()}
+
+
+def released(project: Path) -> bool:
+    """Whether the model as it is has come through the release to its end."""
+    return (project / RELEASED).exists() and read_json(project / RELEASED) == contents(project)

@@ -12,8 +12,7 @@ from pathlib import Path
 import yaml
 
 from easyref.evaluation.summary import summary
-from easyref.records import read_json
-from flows import PROJECT, RELEASED, contents
+from flows import PROJECT, released
 
 BASELINES = "mrbench"
 
@@ -28,11 +27,6 @@ def up_to_date(project: Path) -> bool:
     status = [sys.executable, "-m", "dvc", "status", "--json", *stages(project)]
     done = subprocess.run(status, cwd=project, capture_output=True, text=True, check=False)
     return done.returncode == 0 and done.stdout.strip() == "{}"
-
-
-def released(project: Path) -> bool:
-    """Whether the model as it is has come through the release to its end."""
-    return (project / RELEASED).exists() and read_json(project / RELEASED) == contents(project)
 
 
 def main(project: Path = PROJECT) -> None:

@@ -19,7 +19,7 @@ from easyref import registry
 from easyref.evaluation.summary import summary
 from easyref.lineage import locked
 from easyref.records import read_json
-from flows import PROJECT
+from flows import PROJECT, released
 from flows.release import release_model
 from flows.stages import StageFailed, run_child, run_stage, stop_all
 
@@ -47,6 +47,13 @@ def order(project: Path, wanted: list[str] | None = None) -> dict[str, list[str]
     return {name: [other for other in chosen if other in ancestors[name]] for name in chosen}
 
 
+def absent(project: Path, plan: dict[str, list[str]]) -> list[str]:
+    """What stages outside of `plan` made and those of it build on, as far as dvc.lock has it and the folder has not."""
+    above = {other for name, needs in order(project).items() if name in plan for other in needs if other not in plan}
+    outs = {name: [project / out["path"] for out in stage["outs"]] for name, stage in locked(project).items() if name in above}
+    return [name for name, paths in outs.items() if not all(path.exists() for path in paths)]
+
+
 @task(name="pull", cache_policy=NO_CACHE, persist_result=False)
 def pull_shipped(project: str, stages: list[str]) -> None:
     """What dvc.lock has of `stages`. DVC then makes anew what does not fit the parameters in force."""
@@ -57,7 +64,7 @@ def pull_shipped(project: str, stages: list[str]) -> None:
         except StageFailed as error:
             if "unsaved files" not in str(error):
                 raise
-            get_run_logger().warning("%s: what is there was made without DVC; it is made anew", stage)
+            get_run_logger().warning("%s: what is there was made without DVC; nothing is pulled over it", stage)
 
 
 @flow(name="easyref", task_runner=ThreadPoolTaskRunner(max_workers=2))  # type: ignore[arg-type]
@@ -65,7 +72,8 @@ def easyref(
     stages: list[str] | None = None, release: bool = True, preset: str | None = None, project: str | None = None,
     timeout_s: float | None = None,
 ) -> dict[str, str]:  # fmt: skip
-    """Run `stages` of dvc.yaml (None: all), then register the model with its ONNX graphs and compare it with the champion.
+    """Run `stages` of dvc.yaml (None: all), then register the model with its ONNX graphs and compare it with the champion. A model that
+    came through this before is not registered again, unless no stages are asked for.
 
     Args:
         preset: put presets/PRESET.yaml in force first. None: params.yaml as it is.
@@ -78,7 +86,7 @@ def easyref(
     plan = order(place, stages)
     futures: dict[str, PrefectFuture] = {}
     try:
-        pull_shipped(str(place), [stage for stage in SHIPPED if stage in plan])
+        pull_shipped(str(place), [*(stage for stage in SHIPPED if stage in plan), *absent(place, plan)])
         for name, needs in plan.items():
             waits = [futures[other] for other in needs]
             futures[name] = run_stage.submit(name, str(place), timeout_s, wait_for=waits)  # type: ignore[call-overload]
@@ -87,7 +95,9 @@ def easyref(
         stop_all()
         raise
     links: dict[str, str] = {}
-    if release:
+    if release and plan and released(place):  # else an unchanged model would be the next version, and replace itself as champion
+        results["release"] = "made before, of this very model; the deployment easyref/release registers it again"
+    elif release:
         registered = release_model(place, timeout_s)
         logger.info("version %s is %s: %s", registered.version, registered.alias, registered.reason)
         results["release"] = f"version {registered.version}, {registered.alias}: {registered.reason}"

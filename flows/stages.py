@@ -47,7 +47,7 @@ def _transient(_task: Any, _run: Any, state: Any) -> bool:
     retry_condition_fn=_transient,
 )  # fmt: skip
 def run_stage(stage: str, project: str, timeout_s: float | None = None) -> str:
-    """Run `dvc repro --single-item STAGE`. Returns `ran` or `up to date`.
+    """Run `dvc repro --single-item STAGE`. Returns `ran`, `up to date` or `from the cache` (DVC has outputs of just these inputs).
 
     Raises:
         StageFailed: exit code, or `timeout_s` seconds passed; the message ends with the stage's last lines.
@@ -61,7 +61,8 @@ def run_stage(stage: str, project: str, timeout_s: float | None = None) -> str:
 
     with run or nullcontext():
         lines = run_child(stage, words, place, timeout_s, read)
-    return "up to date" if any("didn't change, skipping" in line for line in lines) else "ran"
+    said = "\n".join(lines)
+    return "up to date" if "didn't change, skipping" in said else "from the cache" if "is cached - skipping run" in said else "ran"
 
 
 def run_child(

@@ -19,8 +19,8 @@ from prefect.settings import get_current_settings
 from prefect.testing.utilities import prefect_test_harness
 
 from easyref.records import write_json
-from flows import RELEASED, contents
-from flows.__main__ import BASELINES, released, up_to_date
+from flows import RELEASED, contents, released
+from flows.__main__ import BASELINES, up_to_date
 from flows.pipeline import easyref, order
 from flows.stages import StageFailed, run_stage
 
@@ -88,9 +88,14 @@ def test_stages_run_in_order_and_once(project: Path) -> None:
     again = easyref(wanted, release=False, project=str(project))
     assert again == {"first": "up to date", "other": "up to date", "second": "ran", "third": "ran"}
     assert (project / "third").read_text() == "two\n"
+    edit(project, "second", "cat first > second && echo second >> ran")
+    write_json(project / RELEASED, contents(project))
+    cached = easyref(wanted, project=str(project))
+    assert "registers it again" in cached.pop("release")  # every night's run would make the champion replace itself
+    assert cached == {"first": "up to date", "other": "up to date", "second": "from the cache", "third": "from the cache"}
 
 
-def test_what_was_made_without_dvc_is_made_anew(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_made_without_dvc_is_made_anew_and_what_is_missing_pulled(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A shipped stage's output that dvc.lock does not know: `dvc pull` will not remove it."""
     monkeypatch.setattr("flows.pipeline.SHIPPED", ("first",))
     with chdir(project):
@@ -102,6 +107,9 @@ def test_what_was_made_without_dvc_is_made_anew(project: Path, monkeypatch: pyte
     )
     assert easyref(["first"], release=False, project=str(project)) == {"first": "ran"}
     assert (project / "first").read_text() == "one\n"
+    (project / "first").unlink()
+    assert easyref(["second"], release=False, project=str(project)) == {"second": "ran"}  # what it reads is pulled, not made
+    assert (project / "ran").read_text().split() == ["first", "first", "second"]
 
 
 def test_a_failing_stage_fails_the_flow_with_its_last_lines(project: Path) -> None:
