@@ -246,8 +246,7 @@ def build(step: Step, options: Options, timing_cache: Path | None = None) -> Non
     if options.refit:
         config.set_flag(trt.BuilderFlag.REFIT)
     if timing_cache:
-        data = timing_cache.read_bytes() if timing_cache.exists() else b""
-        config.set_timing_cache(config.create_timing_cache(data), False)
+        _use_timings(config, timing_cache.read_bytes() if timing_cache.exists() else b"")
     chosen = builder.create_optimization_profile()
     for name, (least, usual, largest) in step.shapes.items():
         chosen.set_shape(name, least, usual, largest)
@@ -264,14 +263,32 @@ def build(step: Step, options: Options, timing_cache: Path | None = None) -> Non
         write_bytes(timing_cache, bytes(config.get_timing_cache().serialize()))
 
 
+def _use_timings(config: Any, data: bytes) -> None:
+    """Timings of earlier builds, unless they are of another TensorRT or GPU, which TensorRT refuses: then there are none yet."""
+    cache = config.create_timing_cache(data)
+    if cache is None or not config.set_timing_cache(cache, False):
+        config.set_timing_cache(config.create_timing_cache(b""), False)
+
+
+def read_engine(trt: Any, plan: Path) -> Any:
+    """The engine of a plan.
+
+    Raises:
+        EngineError: of another TensorRT or GPU, or torn.
+    """
+    engine = trt.Runtime(trt.Logger(trt.Logger.WARNING)).deserialize_cuda_engine(plan.read_bytes())
+    if engine is None:
+        raise EngineError(f"{plan}: not a plan of TensorRT {trt.__version__} on this GPU; build it again")
+    return engine
+
+
 def refit(plan: Path, graph: Path) -> None:
     """Put the weights of `graph` into a plan that was built with `refit`: the same network, other weights. The plan then is one of
     `graph`; another `build` makes it anew."""
     digest = graph_digest(check_graphs(graph.parent), graph.stem)
     trt = load()
-    logger = trt.Logger(trt.Logger.WARNING)
-    engine = trt.Runtime(logger).deserialize_cuda_engine(plan.read_bytes())
-    if engine is None or not engine.refittable:
+    engine, logger = read_engine(trt, plan), trt.Logger(trt.Logger.WARNING)
+    if not engine.refittable:
         raise EngineError(f"{plan}: cannot be refitted; build it with --refit")
     refitter = trt.Refitter(engine, logger)
     reader = trt.OnnxParserRefitter(refitter, logger)
@@ -291,9 +308,7 @@ def refit(plan: Path, graph: Path) -> None:
 def inspect(plan: Path) -> str:
     """Inputs, outputs, shapes and layers of a plan, as JSON text of TensorRT."""
     trt = load()
-    engine = trt.Runtime(trt.Logger(trt.Logger.WARNING)).deserialize_cuda_engine(plan.read_bytes())
-    if engine is None:
-        raise EngineError(f"{plan}: not a plan of TensorRT {trt.__version__} on this GPU; build it again")
+    engine = read_engine(trt, plan)
     inspector = engine.create_engine_inspector()
     return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
@@ -312,10 +327,8 @@ class TensorRTEngine:
     def __init__(self, plan: Path, cuda_graph: bool = False) -> None:
         self.trt = trt = load()
         self.plan, self.cuda_graph = plan, cuda_graph
-        engine = trt.Runtime(trt.Logger(trt.Logger.WARNING)).deserialize_cuda_engine(plan.read_bytes())
-        if engine is None:
-            raise EngineError(f"{plan}: not a plan of TensorRT {trt.__version__} on this GPU; build it again")
-        self.engine, self.context = engine, engine.create_execution_context()
+        engine = self.engine = read_engine(trt, plan)
+        self.context = engine.create_execution_context()
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         self.inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
         self.outputs = [name for name in names if name not in self.inputs]

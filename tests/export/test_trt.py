@@ -138,11 +138,20 @@ class Named:
 ENUMS = ("NetworkDefinitionCreationFlag", "ProfilingVerbosity", "MemoryPoolType", "BuilderFlag")
 
 
-def stand_in(calls: list, version: str, parses: bool = True, plan: bytes | None = b"plan") -> Any:
+def stand_in(
+    calls: list, version: str, parses: bool = True, plan: bytes | None = b"plan", taken: tuple = (b"", b"old"), reads: bool = True
+) -> Any:
+    """`taken`: what a timing cache may be made of; `reads`: whether a plan is one."""
     enum = lambda cls: SimpleNamespace(**{n: i for i, n in enumerate(API[cls]) if n.isupper() or "_" in n})  # noqa: E731
     wrong = Named("ParserError", calls, node_name=lambda: "n7", node_operator=lambda: "Foo", desc=lambda: "no Foo")
-    cache = Named("ITimingCache", calls, serialize=lambda: b"cache")
-    config = Named("IBuilderConfig", calls, create_timing_cache=lambda data: cache, get_timing_cache=lambda: cache)
+    caches = {data: Named("ITimingCache", calls, serialize=lambda data=data: data + b"new") for data in (b"", b"old")}
+    used: list = [None]
+
+    def use(cache: Named, ignore_mismatch: bool) -> bool:
+        used[:] = [cache if cache in [caches[data] for data in taken] else None]
+        return used[0] is not None
+
+    config = Named("IBuilderConfig", calls, create_timing_cache=caches.get, set_timing_cache=use, get_timing_cache=lambda: used[0])
     builder = Named(
         "Builder", calls, create_network=lambda flags: Named("INetworkDefinition", calls), create_builder_config=lambda: config,
         create_optimization_profile=lambda: Named("IOptimizationProfile", calls), build_serialized_network=lambda n, c: plan,
@@ -153,7 +162,7 @@ def stand_in(calls: list, version: str, parses: bool = True, plan: bytes | None 
     return SimpleNamespace(
         __version__=version, Logger=logger, Builder=lambda logger: builder,
         OnnxParser=lambda network, logger: Named("OnnxParser", calls, parse_from_file=lambda p: parses, get_error=lambda i: wrong),
-        Runtime=lambda logger: Named("Runtime", calls, deserialize_cuda_engine=lambda data: engine),
+        Runtime=lambda logger: Named("Runtime", calls, deserialize_cuda_engine=lambda data: engine if reads else None),
         Refitter=lambda engine, logger: Named("Refitter", calls, get_missing_weights=lambda: [], refit_cuda_engine=lambda: True),
         OnnxParserRefitter=lambda refitter, logger: Named("OnnxParserRefitter", calls, refit_from_file=lambda p: True),
         **{name: enum(name) for name in ENUMS},
@@ -180,7 +189,7 @@ def test_build_asks_for_what_was_asked_for(tmp_path: Path, monkeypatch: pytest.M
     assert ("set_shape", "sample", (1, 4, 1, 1), (2, 4, 2, 2), (3, 4, 3, 3)) in calls
     order = [c[0] for c in calls]
     assert order.index("set_shape") < order.index("add_optimization_profile") < order.index("build_serialized_network")
-    assert (tmp_path / "g.plan").read_bytes() == b"plan" and (tmp_path / "cache").read_bytes() == b"cache"
+    assert (tmp_path / "g.plan").read_bytes() == b"plan" and (tmp_path / "cache").read_bytes() == b"oldnew"
     about = json.loads((tmp_path / "g.json").read_text())
     assert (about["key"], about["graph"], about["gpu"]) == ("k", "d", "H100 (SM 9.0)")
     files = {"g.onnx": sha256_file(tmp_path / "g.onnx"), **{f"{name}.onnx": sha256_file(tmp_path / "g.onnx") for name in NAMES}}
@@ -214,6 +223,28 @@ def test_engines_of_other_graphs_are_refused(tmp_path: Path, monkeypatch: pytest
         write_json(tmp_path / "vision.json", right | {"graph": graph_digest(manifest, "vision")} | wrong)
         with pytest.raises(EngineError, match=message):
             engines(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("kept", [b"of another GPU", b"old"], ids=["not read", "refused"])
+def test_timings_of_another_tensorrt_or_gpu_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bytes) -> None:
+    """TensorRT makes nothing of them, or does not take what it made."""
+    monkeypatch.setattr(ours, "load", lambda: stand_in([], "11.4.0", taken=(b"",)))
+    monkeypatch.setattr(ours, "device", lambda: "H100 (SM 9.0)")
+    (tmp_path / "cache").write_bytes(kept)
+    build(step(tmp_path), Options(), tmp_path / "cache")
+    assert (tmp_path / "g.plan").exists() and (tmp_path / "cache").read_bytes() == b"new"
+
+
+def test_a_plan_of_another_gpu_is_called_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ours, "load", lambda: stand_in([], "11.4.0", reads=False))
+    for name in NAMES:
+        graph(tmp_path / f"{name}.onnx")
+    files = {f"{name}.onnx": sha256_file(tmp_path / f"{name}.onnx") for name in NAMES}
+    write_json(tmp_path / "manifest.json", {"files": files, "shapes": SHAPES})
+    (tmp_path / "unet.plan").write_bytes(b"plan")
+    for read in (lambda: refit(tmp_path / "unet.plan", tmp_path / "unet.onnx"), lambda: ours.inspect(tmp_path / "unet.plan")):
+        with pytest.raises(EngineError, match=r"unet.plan: not a plan of TensorRT 11.4.0 on this GPU; build it again"):
+            read()
 
 
 class Plan(ours.TensorRTEngine):
