@@ -12,18 +12,21 @@ import typer
 
 from easyref import records
 from easyref.model.weights import read_config
-from easyref.records import atomic_folder, changed_file, read_json, sha256_file, write_json
+from easyref.records import alone, atomic_folder, changed_file, read_json, sha256_file, write_json
 from easyref.runtime import MANIFEST, Engine
 from export import start
 
 DTYPE = {"fp32": torch.float32, "fp16": torch.float16}
 TOLERANCE = {"fp32": (1e-4, 2.0), "fp16": (1e-2, 16.0)}  # of an output's largest value; of an image, against torch in fp32
 DECIBELS = {"int8": 30.0, "fp8": 30.0}  # least mean PSNR of images that the quantized UNet draws, against torch in fp32
-VERSIONS = ("torch", "diffusers", "onnx", "onnxscript", "onnxruntime")
+VERSIONS = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript")
+WORK = Path(".work") / "export"
 
 
 def inputs_of(checkpoint: Path, opset: int, dtype: str, tolerance: float, image_tolerance: float, quantize: dict | None = None) -> dict:
     """All that the graphs and what is said of them depend on. `quantize`: the same of a quantized UNet."""
+    import onnxruntime
+
     own = read_config(checkpoint).base_id.startswith("base/")  # else the hub's, at the revision that the checkpoint's config names
     base = sorted(path for path in (checkpoint.parent / "base").rglob("*") if path.is_file()) if own else []
     code = sorted([*Path(__file__).parent.glob("*.py"), *(Path(records.__file__).parent / "model").glob("*.py")])
@@ -31,7 +34,7 @@ def inputs_of(checkpoint: Path, opset: int, dtype: str, tolerance: float, image_
     return {
         "opset": opset, "dtype": dtype, "tolerance": tolerance, "image_tolerance": image_tolerance, "files": files,
         "code": [sha256_file(path) for path in code],
-        "versions": {name: version(name) for name in VERSIONS},
+        "versions": {**{name: version(name) for name in VERSIONS}, "onnxruntime": onnxruntime.__version__},  # or onnxruntime-gpu
         "quantize": quantize,
     }  # fmt: skip
 
@@ -75,9 +78,9 @@ def run(
         return
     if out.exists() and any(out.iterdir()) and not (out / MANIFEST).exists():
         raise ValueError(f"{out}: holds something else than graphs, which would be lost; name another folder")
-    easyref = EasyRef.from_pretrained(checkpoint, dtype=DTYPE[dtype], device="cpu")
-    rows = []
-    with atomic_folder(out) as folder:
+    with alone(WORK), atomic_folder(out) as folder:
+        easyref = EasyRef.from_pretrained(checkpoint, dtype=DTYPE[dtype], device="cpu")
+        rows = []
         for graph in graphs(easyref):
             begin = time.monotonic()
             path = folder / f"{graph.name}.onnx"

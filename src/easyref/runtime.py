@@ -38,7 +38,8 @@ class Engine:
         self.session = onnxruntime.InferenceSession(str(path), providers=[provider])
         if self.session.get_providers()[0] != provider:  # it falls back without a word
             taken = self.session.get_providers()[0]
-            raise EngineError(f"{path}: asked for {provider}, ONNX Runtime took {taken}; install what {provider} needs")
+            fix = "onnxruntime and onnxruntime-gpu share a folder: uninstall both, then install the one that has it, and what it needs"
+            raise EngineError(f"{path}: asked for {provider}, ONNX Runtime took {taken}; {fix}")
         self.half = {value.name for value in self.session.get_inputs() if value.type == "tensor(float16)"}
 
     def __call__(self, **inputs: Tensor) -> Any:

@@ -3,10 +3,12 @@
 import os
 import shutil
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,9 +18,9 @@ from easyref.cli import app
 from easyref.data.dataset import TrainingImages
 from easyref.model.weights import CONFIG, WEIGHTS, read_config, save
 from easyref.pipeline import EasyRef
-from easyref.records import read_json, read_table, sha256_file, write_json
+from easyref.records import alone, read_json, read_table, sha256_file, write_json
 from easyref.runtime import EngineError, Engines
-from export.__main__ import fresh, inputs_of
+from export.__main__ import WORK, fresh, inputs_of
 from export.graphs import graphs
 from export.quantize import CALIBRATED, COMPARED, GUIDANCE, STEPS, calibration, modelopt, requests, to_8_bits
 from export.quantize import inputs_of as inputs_of_8_bits
@@ -47,6 +49,26 @@ def test_a_folder_of_other_things_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds something else than graphs"):
         CliRunner().invoke(app, ["export", str(CHECKPOINT), str(tmp_path)], catch_exceptions=False)
     assert (tmp_path / "0.png").exists()
+
+
+def test_two_exports_at_once_do_not_delete_each_others_graphs(tmp_path: Path) -> None:
+    """What a killed one left beside the folder is deleted by the next: it must not be that of one at work."""
+    with alone(WORK), pytest.raises(ValueError, match="another run is at work there"):
+        CliRunner().invoke(app, ["export", str(CHECKPOINT), str(tmp_path / "onnx")], catch_exceptions=False)
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_graphs_are_stale_with_another_version_of_what_makes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where ONNX Runtime is the package onnxruntime-gpu; CLIP's layers in the text encoders' graphs are transformers'."""
+
+    def installed(name: str) -> str:
+        if name == "onnxruntime":
+            raise PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr("export.__main__.version", installed)
+    versions = inputs_of(CHECKPOINT, 20, "fp32", 1e-4, 2.0)["versions"]
+    assert versions["onnxruntime"] == onnxruntime.__version__ and versions["transformers"] == versions["torch"] == "1.0"
 
 
 def test_a_model_of_the_hub_is_told_by_its_checkpoint(tmp_path: Path) -> None:
