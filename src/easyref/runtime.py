@@ -145,12 +145,17 @@ class Engines:
         unknown = [name for name, value in given.items() if value is not None]
         if unknown or return_dict:
             raise EngineError(f"the exported UNet takes no {unknown[0] if unknown else 'return_dict'}; draw with torch")
+        step = torch.as_tensor(timestep)
+        if step != step.long():
+            raise EngineError(
+                f"the exported UNet takes whole timesteps, not {float(step):.2f}; take a scheduler that has them, or torch"
+            )
         (kv,) = added_cond_kwargs["image_embeds"]
         if not any(scales(self.network)):  # in this step, whatever is in the values
             kv = torch.zeros_like(kv)
         return (
             self.engines["unet"](
-                sample=sample, timestep=torch.as_tensor(timestep).long(), encoder_hidden_states=encoder_hidden_states,
+                sample=sample, timestep=step.long(), encoder_hidden_states=encoder_hidden_states,
                 text_embeds=added_cond_kwargs["text_embeds"], time_ids=added_cond_kwargs["time_ids"].to(sample.dtype),
                 reference_kv=kv[:, 0],
             ).to(sample.dtype),

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 from PIL import Image
 
 from easyref.pipeline import EasyRef, Request
@@ -30,6 +31,10 @@ def test_modules_in_the_place_of_graphs_draw_what_torch_draws() -> None:
     assert {p.device.type for part in (drawn.pipe.unet, drawn.pipe.vae, drawn.pipe.text_encoder_2) for p in part.parameters()} == {
         "meta"
     }
+    euler = EulerDiscreteScheduler.from_config(drawn.pipe.scheduler.config, timestep_spacing="linspace", rescale_betas_zero_snr=False)
+    drawn.pipe.scheduler = euler
+    with pytest.raises(RuntimeError, match=r"takes whole timesteps, not 499\.50; take a scheduler that has them"):
+        drawn(requests[:1], steps=3)
     drawn_by.manifest["inputs"]["files"] = dict.fromkeys(files, "other")
     with pytest.raises(RuntimeError, match="not what the graphs were made of; `easyref export models/pretrain`"):
         EasyRef.from_pretrained(CHECKPOINT, engines=drawn_by)
