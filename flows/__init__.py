@@ -2,6 +2,9 @@
 
 import os
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from easyref.records import read_json, sha256_file
 
@@ -20,10 +23,12 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 
-def contents(project: Path) -> dict[str, str]:
-    """Hashes of what a release is of, as they are now."""
+def contents(project: Path) -> dict[str, Any]:
+    """What a release is of, as it is now: hashes, and the thresholds of the comparison."""
     files = (project / "models" / "finetune_multi" / "easyref.safetensors", project / "metrics" / "evaluate.json")
-    return {path.name: sha256_file(path) for path in files if path.exists()}
+    params = project / "params.yaml"
+    thresholds = yaml.safe_load(params.read_text())["release"] if params.exists() else {}
+    return {**{path.name: sha256_file(path) for path in files if path.exists()}, "release": thresholds}
 
 
 def released(project: Path) -> bool:

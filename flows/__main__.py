@@ -34,12 +34,11 @@ def main(project: Path = PROJECT) -> None:
         print("everything is up to date")
     else:
         from flows.pipeline import easyref
-        from flows.stages import Locked, StageFailed
 
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # Prefect's server of this run ends at exit only
         try:
             easyref(stages(project), project=str(project))
-        except (StageFailed, Locked) as error:
+        except Exception as error:  # Prefect has logged where
             raise SystemExit(f"easyref: {error}") from None
     print(summary(project))
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from prefect import flow, task
 from prefect.artifacts import create_image_artifact, create_markdown_artifact
-from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 from prefect.task_runners import ThreadPoolTaskRunner
@@ -21,7 +20,7 @@ from easyref.lineage import locked
 from easyref.records import read_json
 from flows import PROJECT, released
 from flows.release import release_model
-from flows.stages import StageFailed, run_child, run_stage, stop_all
+from flows.stages import DVC, StageFailed, run_child, run_stage, stop_all
 
 SHIPPED = ("ingest", "base", "pretrain")  # made long ago, in the bundled remote
 
@@ -54,7 +53,7 @@ def absent(project: Path, plan: dict[str, list[str]]) -> list[str]:
     return [name for name, paths in outs.items() if not all(path.exists() for path in paths)]
 
 
-@task(name="pull", cache_policy=NO_CACHE, persist_result=False)
+@task(name="pull", **DVC)
 def pull_shipped(project: str, stages: list[str]) -> None:
     """What dvc.lock has of `stages`. DVC then makes anew what does not fit the parameters in force."""
     known = locked(Path(project))

@@ -42,9 +42,10 @@ def gate(project: str, version: str) -> Registered:
 
 
 def release_model(project: Path, timeout_s: float | None = None) -> Registered:
-    """The alias comes last: a champion always has its graphs."""
+    """A version is of a model that could be exported, and the alias comes last: a champion always has its graphs."""
+    graphs, made = export(str(project), timeout_s), contents(project)
     version = register(str(project))
-    attach(str(project), version, export(str(project), timeout_s))
+    attach(str(project), version, graphs)
     registered = gate(str(project), version)
-    write_json(project / RELEASED, contents(project))
+    write_json(project / RELEASED, made)
     return registered

@@ -42,10 +42,14 @@ def _transient(_task: Any, _run: Any, state: Any) -> bool:
     return isinstance(state.result(raise_on_failure=False), Locked)
 
 
-@task(
-    name="stage", task_run_name="{stage}", cache_policy=NO_CACHE, persist_result=False, retries=3, retry_delay_seconds=[5, 15, 45],
-    retry_condition_fn=_transient,
-)  # fmt: skip
+#: Of a task that runs DVC.
+DVC: dict[str, Any] = {
+    "cache_policy": NO_CACHE, "persist_result": False,
+    "retries": 3, "retry_delay_seconds": [5, 15, 45], "retry_condition_fn": _transient,
+}  # fmt: skip
+
+
+@task(name="stage", task_run_name="{stage}", **DVC)
 def run_stage(stage: str, project: str, timeout_s: float | None = None) -> str:
     """Run `dvc repro --single-item STAGE`. Returns `ran`, `up to date` or `from the cache` (DVC has outputs of just these inputs).
 
