@@ -153,8 +153,10 @@ def _call(project: Path, env: dict[str, str], *words: str, need: bool = True) ->
 
 
 def _end_lost_runs() -> None:
-    """Flow runs that were under way when their worker went: none is at work now, and they would hold the pool's one place forever."""
-    lost = {"flow_runs": {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}}}
+    """Flow runs of the pool that were under way when their worker went: none is at work now, and they would hold its one place forever.
+    `make run`, or what else runs on a shared database, goes on."""
+    under_way = {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}}
+    lost = {"flow_runs": under_way, "work_pools": {"name": {"any_": [POOL]}}}
     for flow_run in _post("flow_runs/filter", lost):
         state = {"type": "CRASHED", "name": "Crashed", "message": "its worker was gone; run the deployment again, it goes on"}
         _post(f"flow_runs/{flow_run['id']}/set_state", {"state": state, "force": True})

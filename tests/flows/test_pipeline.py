@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator
 from contextlib import chdir
 from pathlib import Path
@@ -19,7 +20,7 @@ from prefect.settings import get_current_settings
 from prefect.testing.utilities import prefect_test_harness
 
 from easyref.records import write_json
-from flows import RELEASED, contents, released
+from flows import RELEASED, contents, released, services
 from flows.__main__ import BASELINES, main, up_to_date
 from flows.pipeline import easyref, order, pull_shipped
 from flows.stages import StageFailed, run_stage
@@ -172,6 +173,22 @@ def test_a_cancelled_flow_tells_its_stages_to_end_and_starts_no_other(project: P
     assert flow.wait(60) != 0
     assert (project / "told").read_text() == "SIGTERM"
     assert not (project / "waiting").exists()
+
+
+def test_up_ends_the_lost_runs_of_its_own_pool_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The database may be shared, and `make run` may be at work on the server that is up."""
+    port = urllib.parse.urlparse(str(get_current_settings().api.url)).port
+    monkeypatch.setattr(services, "PREFECT_PORT", port)
+    post = services._post
+    flow = post("flows/", {"name": "theirs"})["id"]
+    post("work_pools/", {"name": services.POOL, "type": "process"})
+    deployment = post("deployments/", {"name": "full", "flow_id": flow, "work_pool_name": services.POOL})["id"]
+    ours, theirs = post(f"deployments/{deployment}/create_flow_run", {})["id"], post("flow_runs/", {"flow_id": flow})["id"]
+    for run in (ours, theirs):
+        post(f"flow_runs/{run}/set_state", {"state": {"type": "RUNNING"}, "force": True})
+    services._end_lost_runs()
+    states = {run["id"]: run["state"]["type"] for run in post("flow_runs/filter", {"flows": {"id": {"any_": [flow]}}})}
+    assert states == {ours: "CRASHED", theirs: "RUNNING"}
 
 
 @pytest.mark.long
