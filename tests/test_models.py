@@ -12,6 +12,7 @@ import yaml
 from easyref.config import Params, parse_params
 from easyref.data.dataset import TrainingImages
 from easyref.data.shards import ImageStore
+from easyref.meter import Meter
 from easyref.training import stages
 from easyref.training.loss import noised
 from easyref.training.models import Models, load_models
@@ -127,6 +128,15 @@ def test_recomputing_gives_the_same_gradients_and_keeps_less(images: TrainingIma
     assert kept[0] > kept[1] > 2 * kept[2]
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-6)
+
+
+def test_half_precision_copies_of_trained_weights_are_held_no_longer_than_they_are_used(images: TrainingImages) -> None:
+    models = load_models(nano("finetune_multi"), MODELS, 2, "bf16")
+    models.recompute(["unet", "mllm", "vision"])
+    gradients(models, images)
+    with Meter() as meter:
+        gradients(models, images)
+    assert meter.peak < sum(2 * tensor.numel() for tensor in models.named_parameters().values())  # which their copies would take
 
 
 @pytest.mark.long

@@ -143,13 +143,15 @@ def load_models(params: Params, folder: Path, lora_rank: int | None, precision: 
 
     `frozen_mllm`: the MLLM but for its last layer is in the precision of what is frozen."""
     from accelerate import Accelerator
+    from accelerate.utils import AutocastKwargs
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, Qwen2VLForConditionalGeneration
 
     diffusion, mllm_folder = folder / "base" / "diffusion", folder / "base" / "mllm"
     if not (diffusion / "model_index.json").exists():
         raise FileNotFoundError(f"{diffusion}: no base models; get them with `dvc pull base`, or train them with `easyref base`")
-    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+    each_anew = AutocastKwargs(cache_enabled=False)  # a weight is cast once a pass; kept, the casts of all lie there to its end
+    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, kwargs_handlers=[each_anew])
     frozen = DTYPES[precision]  # frozen weights in compute precision, trained ones in fp32
 
     def load(cls: Any, name: str, dtype: torch.dtype = frozen) -> Any:
