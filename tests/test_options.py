@@ -129,6 +129,21 @@ def test_the_held_out_loss_is_the_mean_of_its_samples_alone_and_the_same_each_ti
         assert found[f"held_out_{name}"] == pytest.approx(np.mean(alone), rel=1e-5)
 
 
+def test_held_out_samples_are_as_many_at_once_as_fit_into_memory(place: Path) -> None:
+    """At 1024 pixels 32 samples of SDXL with 28 references each would take 25 GiB, and four take 3."""
+    params = load_params(place / "params.yaml")
+    models = load_models(params, place / "models", None, "fp32")
+    seen = set()
+    models.unet.register_forward_pre_hook(lambda _module, given: seen.add(len(given[0])))
+    large = params.model_copy(update={"ingest": params.ingest.model_copy(update={"size": 1024})})
+    for values, most in ((params, 32), (large, 4)):
+        seen.clear()
+        validate = Validation(values, Inputs(models, TrainingImages(place / "data"), True), place / "data")
+        validate.samples = {"right": (validate.samples["right"] * 34)[:34]}
+        validate()
+        assert seen == {most, 34 % most}
+
+
 def test_pictures_and_averages_change_no_bit_of_the_training(place: Path, whole: dict[str, bytes]) -> None:
     easyref(place, STAGE, OPTIONS | {"sample_images": 0, "snapshot_images": 0})
     kept = {name for name in whole if ".ema/" not in name and ".samples/" not in name}

@@ -30,7 +30,7 @@ from easyref.training.curves import write_curves
 from easyref.training.ema import Averages
 from easyref.training.engine import Engine
 from easyref.training.inputs import NULL, Inputs, Sample, Sampler, keep_frozen, microbatches, open_store
-from easyref.training.loss import diffusion_loss, noised
+from easyref.training.loss import diffusion_loss, encode_batch, noised
 from easyref.training.models import DTYPES, Models, load_models
 from easyref.training.samples import Pictures
 from easyref.training.state import remove_state
@@ -227,10 +227,10 @@ class Validation:
         self.inputs = replace(inputs, images=self.images, frozen_prefix=False)
 
     def __call__(self) -> dict[str, float]:
-        result = {}
+        result, most = {}, min(32, encode_batch(self.params.ingest.size))  # the references of a sample are as many as there are
         for name, samples in self.samples.items():
             losses = []
-            for part in microbatches(samples, 32, self.inputs.size, by_references=False):
+            for part in microbatches(samples, most, self.inputs.size, by_references=False):
                 chosen, numbers = [samples[i] for i in part], [f"validation/{i}" for i in part]
                 with torch.no_grad():
                     losses.append(sample_loss(self.models, self.inputs, chosen, self.params.seed, numbers).item() * len(part))
