@@ -5,9 +5,11 @@ import re
 import resource
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from easyref.model.weights import CheckpointConfig
 from easyref.seeds import Order, torch_rng
 from easyref.training import status, trainer
 from easyref.training.ema import Averages
+from easyref.training.engine import Engine
 from easyref.training.state import load_state, remove_state, save_state
 from easyref.training.trainer import Task, Watcher, learning_rate, train
 from tests.model.conftest import reference_config
@@ -238,6 +241,33 @@ def test_a_state_is_mapped_so_that_the_processes_of_a_machine_hold_it_once(tmp_p
     found = load_state(tmp_path / "run.safetensors")
     assert found and found[0]["weights/w"].sum() == 2**24
     assert own_mib() - before < 16, "of 64"
+
+
+def test_a_state_that_was_saved_or_loaded_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is as large as all that trains, three times: the main process would hold two of them at the next save."""
+    held: list[weakref.ref] = []
+
+    class Copies(Engine):
+        def gather(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            copies = {name: tensor.clone() for name, tensor in tensors.items()}
+            held.extend(map(weakref.ref, copies.values()))
+            return copies
+
+    class Looks(Watcher):
+        def updated(self, seen: int, batch: int) -> None:
+            assert held or seen <= 8
+            assert not [ref for ref in held if ref() is not None]
+
+    def loading(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        if found := load_state(path):
+            held.extend(weakref.ref(tensor) for name, tensor in found[0].items() if name.startswith("weights/"))
+        return found
+
+    monkeypatch.setattr(trainer, "load_state", loading)
+    for images in (32, 64):
+        run, p = task(), Optimisation(**PARAMS | {"images": images, "cooldown_images": 0, "save_images": 8})
+        run.watchers = [Looks()]
+        train(run, p, tmp_path / "state.safetensors", Copies(), allow=["images"])
 
 
 def test_a_state_is_saved_by_the_first_update_at_or_behind_its_image(tmp_path: Path) -> None:

@@ -121,6 +121,7 @@ def train(task: Task, p: Optimisation, state_path: Path, engine: Engine | None =
         restore(averages, "average", tensors)
         restore(watched, "watched", tensors)
         load_optimizer(optimizer, names, tensors)
+        del found, tensors  # as large as all that trains: what is mapped would keep its file on the disk
     engine.wait()
     if engine.main:
         clear_temporaries(state_path)
@@ -161,6 +162,7 @@ def train(task: Task, p: Optimisation, state_path: Path, engine: Engine | None =
             gathered = engine.gather(tensors)
             if engine.main:
                 save_state(state_path, gathered, counters, p.keep_states)
+            del gathered, tensors
         if last:
             break
         # -- single training step -----------------------------------------------------------------------------
