@@ -114,7 +114,7 @@ def bench_group(
 
     try:
         counts = [int(float(word)) for word in n.split(",")]
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"--n {n!r}: not numbers with commas between; try --n 1e5,1e6") from error
     if min(counts) < 1000:
         raise ValueError(f"--n {n}: too few to measure; give 1000 or more")
@@ -205,7 +205,7 @@ def bench_dreambench(
 
 
 @app.command()
-def upstream(out: Annotated[Path, typer.Argument(help="Folder for data.json and images; replaced if it is there.")]) -> None:
+def upstream(out: Annotated[Path, typer.Argument(help="Folder for data.json and images; an earlier one there is replaced.")]) -> None:
     """The training groups as the JSON and images that the published training code reads."""
     from easyref.data.upstream import write_upstream
 

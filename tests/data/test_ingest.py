@@ -389,6 +389,19 @@ def test_what_macos_writes_beside_an_image_is_none(tmp_path: Path) -> None:
     assert [f.name for f in from_folder(tmp_path)] == ["0.png"]
 
 
+def test_a_field_that_is_a_list_or_missing(tmp_path: Path) -> None:
+    """Captions of COCO, and what pandas writes into JSON where there is none."""
+    rows = [{"caption": ["a red thing", "a thing"]}, {"caption": float("nan"), "group": 0}, {"caption": []}]
+    pack(tmp_path / "a.tar", [m for i, of in enumerate(rows) for m in ((f"{i}.png", GOOD), (f"{i}.json", json.dumps(of).encode()))])
+    (tmp_path / "a.jsonl").write_text(json.dumps({"path": "0.png"} | rows[0]))
+    assert [f.caption for f in (*from_tars(tmp_path / "a.tar"), *from_table(tmp_path / "a.jsonl"))] == [
+        "a red thing",
+        "",
+        "",
+        "a red thing",
+    ]
+
+
 def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path: Path) -> None:
     """As Windows writes text."""
     words, fields = (text.encode("utf-8-sig") for text in ("a red thing", '{"caption": "a red thing"}'))
@@ -507,7 +520,10 @@ def test_given_groups_become_training_data(tmp_path: Path, monkeypatch: pytest.M
     assert set(samples["kind"]) == {"given"} and all(p.startswith("thing") for p in samples["prompt"])
 
     monkeypatch.chdir(tmp_path)
-    shown = CliRunner().invoke(app, ["upstream", "back"])
+    refused = CliRunner().invoke(app, ["upstream", "data"]).exception
+    assert "data: is there and holds something else" in str(refused) and (data / "images" / "images.parquet").exists()
+    for _ in range(2):  # an earlier one is replaced
+        shown = CliRunner().invoke(app, ["upstream", "back"])
     assert f"back: {sum(len(members) for _, members in images.groups)} entries" in shown.output
     monkeypatch.undo()
     again = ingest.ingest(settings("upstream", tmp_path / "back" / "data.json"), tmp_path / "again" / "images", tmp_path / "work")

@@ -273,5 +273,5 @@ def test_bench_measures_planted_groups(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     runs = read_json(out)["runs"]
     assert [run["n"] for run in runs] == [1000, 3000] and all(run["f1"] > 0.95 and run["peak_gib"] > 0 for run in runs)
-    for wrong in ("x", "10"):
+    for wrong in ("x", "10", "inf"):
         assert "--n" in str(CliRunner().invoke(app, ["bench", "group", "--n", wrong]).exception)

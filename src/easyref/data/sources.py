@@ -244,8 +244,10 @@ def _is_image(name: str) -> bool:
 
 
 def _words(value: Any) -> str:
-    """A field as text; a number is one, 0 too."""
-    return "" if value is None else str(value)
+    """A field as text; a number is one, 0 too. Of a list the first; NaN is how pandas says that there is none."""
+    if isinstance(value, list):
+        return _words(value[0]) if value else ""
+    return "" if value is None or (isinstance(value, float) and math.isnan(value)) else str(value)
 
 
 def _listed(value: Any) -> list[Any]:

@@ -13,7 +13,13 @@ from easyref.records import FACE_COLUMNS, atomic_folder, read_table, write_json
 
 def write_upstream(data: Path, out: Path) -> int:
     """Write `out`/data.json and `out`/images: each member of a training group once as the target, the others as its references.
-    Returns the number of entries."""
+    Returns the number of entries.
+
+    Raises:
+        ValueError: something else is in `out`.
+    """
+    if out.exists() and not (out / "data.json").exists() and (out.is_file() or any(out.iterdir())):
+        raise ValueError(f"{out}: is there and holds something else, which would be lost; give a new folder")
     store = ImageStore(data / "images")
     groups = read_table(data / "split" / "groups.parquet").filter(split="train").sort("group_id")
     boxes = data / "split" / "faces.parquet"
