@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import resource
 import signal
 import struct
 import subprocess
@@ -12,6 +13,8 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +246,22 @@ def test_an_image_over_the_memory_says_so(tmp_path: Path) -> None:
     with check.Checker(SIZE, load_params("params.yaml").ingest.limits.model_copy(update={"memory_mib": 150})) as checker:
         (result,) = checker([Found("big.png", str(tmp_path / "big.png"))])
     assert isinstance(result, check.Rejected) and result.reason == "crash" and "more memory than memory_mib 150" in result.detail
+
+
+def test_images_are_not_rejected_for_processes_that_cannot_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That none stays alive, as pebble says it, is an error of the stage; one under a smaller limit (ulimit -v) than ours keeps to that."""
+    taken: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, 2**40))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, both: taken.append(both))
+    check._confine(2**30)
+    check._confine(2**41)
+    assert 2**30 < taken[0][0] < 2**40 and taken[1] == (2**40, 2**40)
+    broken: Future[None] = Future()
+    broken.set_exception(BrokenProcessPool("All workers expired"))
+    with check.Checker(SIZE, settings("folder", None).ingest.limits) as checker:
+        monkeypatch.setattr(checker.pool, "schedule", lambda *_, **__: broken)
+        with pytest.raises(ValueError, match="lower ingest.limits.workers"):
+            list(checker([Found("a.png", "a.png")]))
 
 
 def check_with_fault(found: Any, size: int, limits: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import resource
 from collections.abc import Iterator, Sequence
+from concurrent.futures import BrokenExecutor
 from concurrent.futures import TimeoutError as Late
 from dataclasses import dataclass, fields
 from multiprocessing import get_context
@@ -102,7 +103,11 @@ class Checker:
         self.pool.join()
 
     def __call__(self, found: Sequence[Found]) -> Iterator[Checked | Rejected]:
-        """The result of each, in their order."""
+        """The result of each, in their order.
+
+        Raises:
+            ValueError: no process can be had.
+        """
         from pebble import ProcessExpired
 
         limits = self.limits
@@ -114,6 +119,9 @@ class Checker:
                 yield Rejected("timeout", f"{one.name}: took more than seconds {limits.seconds:g}; save it again, smaller")
             except (ProcessExpired, MemoryError):
                 yield Rejected("crash", f"{one.name}: ended the process that read it; save it again")
+            except BrokenExecutor as error:
+                fix = "they may have been out of memory: lower ingest.limits.workers; finished shards are kept"
+                raise ValueError(f"ingest: no process that checks images stays alive; {fix}") from error
             except Exception as error:  # whatever a decoder raises that nobody knows: of this image alone
                 yield Rejected("crash", f"{one.name}: {type(error).__name__} ({error}); save it again")
 
@@ -123,4 +131,5 @@ def _confine(memory: int) -> None:
     with open("/proc/self/statm") as file:
         now = int(file.read().split()[0]) * resource.getpagesize()
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (now + memory, hard))
+    most = now + memory if hard == resource.RLIM_INFINITY else min(now + memory, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
