@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import weakref
 from functools import partial
 from html import unescape
 from pathlib import Path
@@ -22,7 +24,7 @@ from easyref.evaluation import baselines
 from easyref.evaluation.evaluate import Evaluated
 from easyref.evaluation.generations import Painter
 from easyref.evaluation.judges import Similarity
-from easyref.evaluation.mrbench import COMPARISON, mrbench
+from easyref.evaluation.mrbench import COMPARISON, _large_cases, mrbench
 from easyref.evaluation.probes import fit_dual
 from easyref.evaluation.report import ROWS, chosen_rows, write_report
 from easyref.evaluation.stage import Place
@@ -45,12 +47,14 @@ def mean_colour(items: Any) -> np.ndarray:
     return np.stack([np.asarray(i.convert("RGB"), np.float64).mean((0, 1)) for i in items])
 
 
-def run(emoji: Emoji, out: Path) -> tuple[Evaluated, dict[str, Answers]]:
+def run(emoji: Emoji, out: Path, change: Any = None) -> tuple[Evaluated, dict[str, Answers]]:
     """Everything that reads the right references answers with the target, but average and lora: a reference."""
     answers = {
         reading: Answers(emoji, paste=reading in ("average", "lora")) for reading in ("together", "average", "concatenation", "lora")
     }
     painters = {reading: Painter(partial(answers.get, reading), reading) for reading in answers}  # type: ignore[arg-type]
+    if change:
+        painters["together"] = Painter(lambda: partial(change, answers["together"]), "together")
     painters["copy"] = Painter(lambda: baselines.copy, "copy")
     similarity = [Similarity("clip", mean_colour, lambda texts: np.ones((len(texts), 3)))]
     arguments: dict[str, Any] = {"load": emoji.load, "painters": painters, "p": PARAMS, "drawing": DRAWING, "seed": 0, "out": out}
@@ -94,6 +98,28 @@ def test_a_configured_model_is_two_metrics_more(found: Evaluated, emoji: Emoji) 
     assert scores["clip_i"]["easyref"][0] == pytest.approx(1)
 
 
+def test_a_configured_model_has_a_batch_of_images_in_memory(found: Evaluated, emoji: Emoji) -> None:
+    """A thousand photographs at once are tens of GiB."""
+    alive, most = 0, 0
+
+    def load(sha: str) -> Image.Image:
+        nonlocal alive, most
+        image = emoji.load(sha).copy()
+        alive, most = alive + 1, max(most, alive + 1)
+        weakref.finalize(image, gone)
+        return image
+
+    def gone() -> None:
+        nonlocal alive
+        alive -= 1
+
+    cases = found.cases["held_out"]
+    model = Similarity("clip", mean_colour, None, batch=3)
+    scores = model.scores([found.images[case, "copy"] for case in cases], cases, load)
+    assert scores["clip_i"] == pytest.approx(found.scores["held_out"]["clip_i"]["copy"])
+    assert most <= 6 < len(cases)
+
+
 def test_real_images_are_nearer_to_the_data_than_others(found: Evaluated) -> None:
     distances = found.result["distribution"]["held_out"]
     assert distances["easyref"]["fid"] == pytest.approx(0, abs=1e-3), "it answers with the targets"
@@ -106,6 +132,31 @@ def test_more_references_are_the_same_samples_judged_beside_all(found: Evaluated
     assert {entry["fidelity"]["samples"] for entry in counts.values()} == {6}
     assert len({entry["reference_fidelity"]["ceiling"] for entry in counts.values()}) == 1, "the same references judge"
     assert found.result["counts"]["1"]["fidelity"]["ceiling"] < 0.9
+
+
+@pytest.mark.parametrize("broken", ["some", "all"])
+def test_a_number_of_references_that_cannot_be_drawn_leaves_its_samples_out_everywhere(
+    found: Evaluated, emoji: Emoji, tmp_path: Path, broken: str
+) -> None:
+    """As where four references are too many for a GPU: the same samples stand in every row, or the report does without."""
+    out = shutil.copytree(next(iter(found.images.values())).parents[1], tmp_path / "out")
+    large = sorted((out / "together").iterdir())
+    cases = _large_cases(emoji.images, groups_of(emoji.images), PARAMS, 0)
+    lost = {case.seed for case in cases[: 2 if broken == "some" else None]}
+    for path in large:
+        if int(path.name.split("-")[0]) in lost:
+            path.unlink()
+
+    def too_many(answers: Answers, requests: list[dict[str, Any]]) -> list[Image.Image]:
+        if any(r["seed"] in lost and len(r["references"]) == 4 for r in requests):
+            raise RuntimeError("out of memory")
+        return answers(requests)
+
+    again = run(emoji, out, too_many)[0]
+    counts = again.result["counts"]
+    assert {e["fidelity"]["samples"] for e in counts.values()} == {4} if broken == "some" else counts is None
+    html = write_report(again, emoji.load, tmp_path / "evaluation.html", {}).read_text()
+    assert ("How many references?" in html) == (broken == "some")
 
 
 def test_diversity_compares_seeds(found: Evaluated) -> None:

@@ -99,14 +99,17 @@ def _counts(found: Evaluated, draw: Draw, cases: list[Case], p: MRBench, resampl
     if not cases:
         print(f"counts: no held-out group has {max(p.counts) + 1} images; left out (mrbench.counts)")
         return None
-    entries: dict[str, Any] = {}
+    images: dict[int, Images] = {}  # by count: of the case with all its references, beside which all are judged
     for count in p.counts:
-        fewer = [replace(case, right=case.right[:count], captions=case.captions[:count]) for case in cases]
-        made, _ = draw(fewer, COUNTED.methods)
-        # Judged beside all references, however many were given.
-        images_of = {(case, m): made[few, m] for case, few in zip(cases, fewer, strict=True) for m in COUNTED.names if (few, m) in made}
-        done = [case for case in cases if (case, COUNTED.own) in images_of]
-        scores = found.judge.scores(done, images_of, COUNTED.names)
+        fewer = {replace(case, right=case.right[:count], captions=case.captions[:count]): case for case in cases}
+        images[count] = {(fewer[case], m): path for (case, m), path in draw(list(fewer), COUNTED.methods)[0].items()}
+    done = [case for case in cases if all((case, COUNTED.own) in drawn for drawn in images.values())]
+    if not done:
+        print("counts: no sample could be drawn with every number of references; left out")
+        return None
+    entries = {}
+    for count, drawn in images.items():
+        scores = found.judge.scores(done, drawn, COUNTED.names)
         entries[str(count)] = summary(COUNTED, done, scores, found.judge.metrics, resamples, seed)
     return entries
 
