@@ -21,7 +21,7 @@ from PIL import Image
 from easyref.data.captions import SHARED, caption
 from easyref.data.extractors import Lite0, MiniLM
 from easyref.evaluation import metrics
-from easyref.evaluation.features import real_features
+from easyref.evaluation.features import BLOCK, real_features
 from easyref.evaluation.generations import Case, Images, Load
 from easyref.evaluation.probes import (
     ConceptProbe,
@@ -60,14 +60,14 @@ class Similarity:
     def metrics(self) -> tuple[str, ...]:
         return (f"{self.name}_i", f"{self.name}_t") if self.texts else (f"{self.name}_i",)
 
-    def scores(self, made: Sequence[Image.Image], cases: Sequence[Case], load: Load) -> dict[str, Array]:
-        return self._with_text(self._unit(made), cases, self._targets(cases, load))
+    def scores(self, made: Sequence[Path], cases: Sequence[Case], load: Load) -> dict[str, Array]:
+        return self._with_text(self._unit(open_image, made), cases, self._targets(cases, load))
 
     def ceiling(self, cases: Sequence[Case], load: Load) -> dict[str, Array]:
         targets = self._targets(cases, load)
         found = self._with_text(targets, cases, targets)
         for i, case in enumerate(cases):
-            found[f"{self.name}_i"][i] = (self._unit([load(sha) for sha in case.right]) @ targets[i]).mean()
+            found[f"{self.name}_i"][i] = (self._unit(load, case.right) @ targets[i]).mean()
         return found
 
     def _with_text(self, made_NE: Array, cases: Sequence[Case], targets_NE: Array) -> dict[str, Array]:
@@ -77,10 +77,11 @@ class Similarity:
         return found
 
     def _targets(self, cases: Sequence[Case], load: Load) -> Array:
-        return self._unit([load(case.target) for case in cases])
+        return self._unit(load, [case.target for case in cases])
 
-    def _unit(self, images: Sequence[Image.Image]) -> Array:
-        parts = [self.images(images[i : i + self.batch]) for i in range(0, len(images), self.batch)]
+    def _unit(self, load: Callable[[Any], Image.Image], names: Sequence[Any]) -> Array:
+        """Unit vectors [N, E] of the images of these names, of which no more than a batch are in memory."""
+        parts = [self.images([load(name) for name in names[i : i + self.batch]]) for i in range(0, len(names), self.batch)]
         return metrics.unit(np.concatenate(parts), np.zeros(()))
 
 
@@ -127,8 +128,9 @@ class Judge:
     def features(self, paths: Sequence[Path]) -> tuple[Array, Array]:
         """Deep [N, 1280] and shallow [N, 160] of generated images, each computed once."""
         new = [path for path in dict.fromkeys(paths) if path not in self._features]
-        both = self.real.extractor.both([open_image(path) for path in new])
-        self._features |= {path: pair for path, *pair in zip(new, *both, strict=True)}  # type: ignore[misc]
+        for block in (new[i : i + BLOCK] for i in range(0, len(new), BLOCK)):
+            both = self.real.extractor.both([open_image(path) for path in block])
+            self._features |= {path: pair for path, *pair in zip(block, *both, strict=True)}  # type: ignore[misc]
         deep, shallow = zip(*(self._features[path] for path in paths), strict=True)
         return np.stack(deep), np.stack(shallow)
 
@@ -146,7 +148,7 @@ class Judge:
             found = self._score(deep, shallow, targets, references, texts, cases[0].split)
             for model in self.similarity:
                 load = self.real.load
-                found |= model.scores([open_image(p) for p in paths], cases, load) if paths else model.ceiling(cases, load)
+                found |= model.scores(paths, cases, load) if paths else model.ceiling(cases, load)
             for name, values in found.items():
                 columns[name][method] = values
         # A real target is identical to itself: the ceiling of fidelity is a real image against the other real members.

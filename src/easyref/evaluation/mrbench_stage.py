@@ -68,9 +68,10 @@ def protocol_bench(
     )  # fmt: skip
     write_table(work / f"scores-{protocol}.parquet", found.table())
     write_json(out, found.result)
-    rows = [grid_row(PICTURE[protocol], case, found.images, samples.load, protocols.COMPARISON.names) for case in found.cases[protocol]]
+    shown = found.cases[protocol][:ROWS]
+    rows = [grid_row(PICTURE[protocol], case, found.images, samples.load, protocols.COMPARISON.names) for case in shown]
     heads = [METHOD[name][0] for name in protocols.COMPARISON.names]
-    write_bytes(out.with_suffix(".png"), to_png(draw_grid(rows[:ROWS], heads)))
+    write_bytes(out.with_suffix(".png"), to_png(draw_grid(rows, heads)))
     return found.result
 
 
