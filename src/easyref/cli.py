@@ -198,9 +198,13 @@ def bench_single(
 
 @bench.command("dreambench")
 def bench_dreambench(
-    folder: ImageFolder, samples: Samples = 750, params: ParamsFile = PARAMS, out: Path = Path("benchmarks/dreambench.json")
+    folder: Annotated[Path, typer.Argument(help="Subjects and prompts (easyref/evaluation/protocols.py).")],
+    samples: Samples = 750,
+    params: ParamsFile = PARAMS,
+    out: Path = Path("benchmarks/dreambench.json"),
 ) -> None:
-    """FOLDER/SUBJECT/*.png in the prompts of FOLDER/prompts.txt (`a {} on the beach`), one reference a subject."""
+    """FOLDER/SUBJECT/*.png in the prompts of FOLDER/prompts.txt (`a {} on the beach`), one reference a subject; FOLDER/classes.txt has
+    what a subject is called (`colorful_sneaker,sneaker`)."""
     _protocol("dreambench", folder, samples, params, out)
 
 

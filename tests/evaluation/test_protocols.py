@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -41,19 +42,32 @@ def folder(emoji: Emoji, tmp_path: Path) -> Path:
 def test_dreambench_is_every_subject_in_every_prompt(emoji: Emoji, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = dreambench(emoji.images, emoji.load, folder)
     samples = found.samples.to_dicts()
-    assert [row["prompt"] for row in samples] == ["a cat on the beach", "cat in the snow", "a dog on the beach", "dog in the snow"]
+    assert [row["prompt"] for row in samples] == [
+        *("a cat on the beach", "cat in the snow", "a dog brown on the beach", "dog brown in the snow"),
+    ]
     first = {row["group_id"]: found.paths[row["target"]].name for row in samples}
     assert first == {"cat2": "0.png", "dog_brown": "0.png"} and all(row["references"] == [row["target"]] for row in samples)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and "owl/0.png: not an image" in lines[0] and "owl: no image that can be read" in lines[1]
 
 
+def test_dreambench_takes_the_published_classes_and_prompts_of_a_subjects_own(emoji: Emoji, folder: Path) -> None:
+    (folder / "classes.txt").write_text("subject_name,class\nred_cartoon,cartoon\ndog_brown,stuffed animal\n")
+    (folder / "cat2" / "prompts.txt").write_text("a {} wearing a red hat\n")
+    prompts = dreambench(emoji.images, emoji.load, folder).samples["prompt"].to_list()
+    assert prompts == ["a cat wearing a red hat", "a stuffed animal on the beach", "stuffed animal in the snow"]
+
+
 def test_single_is_every_image_with_its_caption(emoji: Emoji, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, caption in (("3", b"un chat fatigu\xe9"), ("4", b" \n")):
+        shutil.copy(folder / "cat2" / "0.png", folder / "cat2" / f"{name}.png")
+        (folder / "cat2" / f"{name}.txt").write_bytes(caption)
     samples = single(emoji.images, emoji.load, folder).samples
     assert sorted(samples["prompt"]) == ["a cat2 0", "a cat2 1", "a cat2 2", "a dog_brown 0", "a dog_brown 1"]
     assert samples["target"].to_list() == [references[0] for references in samples["references"]]
     err = capsys.readouterr().err
     assert "dog_brown/2.png: no caption; write it to 2.txt" in err and "owl/0.png" in err
+    assert "cat2/3.txt: cannot be read" in err and "cat2/4.png: no caption" in err
     held_out = single(emoji.images, emoji.load, None).samples
     assert sorted(held_out["target"]) == sorted(emoji.images.filter(pl.col("split") == "held_out")["sha256"])
 

@@ -3,15 +3,16 @@
 single      one reference, its caption (the paper's COCO table): every image is its own reference. The folder's images have their
             caption in `NAME.txt` beside them; without a folder, the held-out images of the split.
 dreambench  one subject in new places (DreamBench, arXiv 2208.12242): `FOLDER/SUBJECT/*` are images of a subject, the lines of
-            `FOLDER/prompts.txt` are prompts with `{}` where its name comes: the folder's name without what follows a digit or `_`.
+            `FOLDER/prompts.txt`, or of a subject's own `prompts.txt`, are prompts with `{}` where its name comes. Names stand in
+            `FOLDER/classes.txt` as in the table that DreamBench publishes (`colorful_sneaker,sneaker`); a subject that is not there,
+            or without the file, is called as its folder, without digits at the end (`red_ball2`: red ball).
             One sample for each subject and prompt; the first image is the reference and what is drawn is compared with it.
 
-An image that cannot be read is one line and left out.
+An image or a caption that cannot be read is one line and left out.
 """
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -77,11 +78,14 @@ def single(images: pl.DataFrame, load: Load, folder: Path | None) -> Collection:
         for row in images.filter(pl.col("split") == "held_out").sort("sha256").iter_rows(named=True):
             found.rows[row["sha256"]] = {name: row[name] for name in IMAGE_LABELS} | {"split": "single"}
     for path in _images(folder) if folder else ():
-        text = path.with_suffix(".txt")
-        if not text.is_file():
-            print(f"left out: {path}: no caption; write it to {text.name} beside it", file=sys.stderr)
-        else:
-            found.add(path, caption=text.read_text().strip(), concept=path.stem)
+        beside = path.with_suffix(".txt")
+        try:
+            if text := _text(beside):
+                found.add(path, caption=text, concept=path.stem)
+            else:
+                print(f"left out: {path}: no caption; write it to {beside.name} beside it", file=sys.stderr)
+        except ValueError as error:
+            print(f"left out: {error}", file=sys.stderr)
     for sha, row in found.rows.items():
         found.sample(f"single-{sha[:12]}", sha, row["caption"], sha, [sha])
     return found
@@ -90,21 +94,35 @@ def single(images: pl.DataFrame, load: Load, folder: Path | None) -> Collection:
 def dreambench(images: pl.DataFrame, load: Load, folder: Path | None) -> Collection:
     if folder is None:
         raise ValueError("dreambench: name its folder; the split has no such images")
-    file = folder / "prompts.txt"
-    if not file.is_file():
-        raise ValueError(f"{file}: no prompts; write one a line, with {{}} where the subject's name comes")
-    prompts = [line.strip() for line in file.read_text().splitlines() if line.strip()]
-    if wrong := [prompt for prompt in prompts if "{}" not in prompt]:
-        raise ValueError(f"{file}: {wrong[0]!r} has no {{}} for the subject's name; put it in")
+    places = [place for place in sorted(folder.iterdir()) if place.is_dir()]
+    prompts_of = {place: _prompts(place / "prompts.txt") or _prompts(folder / "prompts.txt") for place in places}
+    if lacking := [place for place, prompts in prompts_of.items() if not prompts]:
+        raise ValueError(f"{lacking[0]}: no prompts; write prompts.txt, one a line, with {{}} where the subject's name comes")
+    names = dict(line.split(",", 1) for line in _text(folder / "classes.txt").splitlines() if "," in line)
     found = Collection("dreambench", images, load)
-    for place in sorted(p for p in folder.iterdir() if p.is_dir()):
-        name = re.split(r"[\d_]", place.name)[0].strip() or place.name
+    for place, prompts in prompts_of.items():
+        name = (names.get(place.name) or place.name.rstrip("0123456789").replace("_", " ")).strip() or place.name
         own = [sha for path in _images(place) if (sha := found.add(path, caption=name, concept=place.name, subject=name))]
         if not own:
             print(f"left out: {place}: no image that can be read", file=sys.stderr)
         for number, prompt in enumerate(prompts if own else ()):
             found.sample(f"{place.name}-{number}", place.name, prompt.replace("{}", name), own[0], own[:1])
     return found
+
+
+def _prompts(file: Path) -> list[str]:
+    prompts = [line.strip() for line in _text(file).splitlines() if line.strip()]
+    if wrong := [prompt for prompt in prompts if "{}" not in prompt]:
+        raise ValueError(f"{file}: {wrong[0]!r} has no {{}} for the subject's name; put it in")
+    return prompts
+
+
+def _text(file: Path) -> str:
+    """Of a file; nothing if there is none."""
+    try:
+        return file.read_text("utf-8-sig").strip() if file.is_file() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: cannot be read ({error}); save it as UTF-8") from error
 
 
 def _images(folder: Path) -> Iterable[Path]:
