@@ -366,6 +366,14 @@ def test_encodings_of_other_models_precision_or_tokenizers_are_not_found(params:
     assert not opened()
 
 
+def test_a_training_does_not_go_on_under_other_captions(heap: TrainingImages, tmp_path: Path) -> None:
+    shutil.copytree(heap.store.folder.parent, tmp_path / "data")
+    assert TrainingImages(tmp_path / "data", heap.sha256s).content == heap.content
+    table = pl.read_parquet(tmp_path / "data" / "images" / "images.parquet")
+    write_table(tmp_path / "data" / "images" / "images.parquet", table.with_columns(subject=pl.col("subject") + " at night"))
+    assert TrainingImages(tmp_path / "data", heap.sha256s).content != heap.content
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_torn_shard_is_one_line_that_names_it(params: Params, heap: TrainingImages, tmp_path: Path, workers: int) -> None:
     shutil.copytree(heap.store.folder.parent, tmp_path / "data")

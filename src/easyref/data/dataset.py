@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from easyref.data.captions import caption
 from easyref.data.frames import Corners
 from easyref.data.shards import ImageStore
 from easyref.records import FACE_COLUMNS, read_table, sha256_json
@@ -57,7 +58,7 @@ class TrainingImages:
             table = read_table(data / "split" / "groups.parquet").filter(split="train").sort("group_id")
             self.groups = [(g["kind"], [place[m] for m in g["members"]]) for g in table.iter_rows(named=True)]
         self.faces = self._faces(data / "split" / "faces.parquet")
-        self.content = sha256_json([self.sha256s, self.groups])
+        self.content = sha256_json([self.sha256s, [caption(label, hide=()) for label in self.labels], self.groups])
 
     def _faces(self, path: Path) -> dict[int, Corners]:
         """Image → box of its face, of those that have one."""
