@@ -35,6 +35,8 @@ def test_presets_are_complete(path: Path) -> None:
         (lambda d: d["pretrain"].update(prediction="epsilon", zero_terminal_snr=True), "pretrain: zero_terminal_snr needs prediction"),
         (lambda d: d["pretrain"].update(rates={"lore": 2.0}), "pretrain.rates.lore"),
         (lambda d: d["pretrain"].update(noise_offset=-0.1), "pretrain.noise_offset = -0.1: "),
+        (lambda d: d["pretrain"].update(min_snr=0.0), "pretrain.min_snr = 0.0: input should be greater than 0"),
+        (lambda d: d["base"]["text_to_image"].update(min_snr=-5.0), "base.text_to_image.min_snr = -5.0: "),
         (
             lambda d: d["group"]["likeness"]["subject"].update(treshold=1),
             "subject.treshold = 1: unknown key; did you mean 'threshold'",

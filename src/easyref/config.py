@@ -207,7 +207,7 @@ class TextToImage(Optimisation):
     vocabulary: PositiveInt
     drop_text: float = Share
     drop_label: float = Share  # each label of a caption is left out with this probability
-    min_snr: float | None
+    min_snr: float | None = Field(gt=0)
 
     @model_validator(mode="after")
     def _levels(self) -> TextToImage:
@@ -336,7 +336,7 @@ class Stage(Samples):
 
     new_part_rate: float = Field(ge=1.0)  # learning-rate factor of reference tokens, projector and K_ref/V_ref
     lora_rank: int = Field(ge=0)
-    min_snr: float | None  # weight of the loss over timesteps; null: the paper's plain mean
+    min_snr: float | None = Field(gt=0)  # weight of the loss over timesteps; null: the paper's plain mean
     precision: Literal["fp32", "bf16"]
     stored: Literal["fp32", "fp16"] = "fp32"  # the checkpoint's weights
     freeze: list[Part] = []  # parts that the stage trains otherwise
