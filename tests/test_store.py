@@ -47,6 +47,15 @@ def test_memory_keeps_what_was_used_last(tmp_path: Path) -> None:
     assert kept.take(never, "latents", "a") and not kept.find("latents", "a")
 
 
+def test_pinned_memory_counts_as_torch_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In powers of two (ATen/core/CachingHostAllocator.h): what is over the budget would not be there for anything else."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    kept = Store(2**14, device=torch.device("cuda"))
+    for name in range(16):
+        kept.get(lambda: {"x": torch.zeros(513), "of no size": torch.empty(0, 4)}, "text", name)  # 2,052 bytes take 4,096
+    assert len(kept.kept) == 4
+
+
 def test_a_full_disk_drops_other_models_and_then_keeps_nothing_more(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     def fill(about: str) -> list[int]:
         filled = store(tmp_path, about, memory=8)

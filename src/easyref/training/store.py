@@ -30,7 +30,7 @@ ROOM = 256  # rows of other models that go at a time
 
 class Store:
     def __init__(self, memory: int, disk: Disk | None = None, device: torch.device = CPU) -> None:
-        self.kept: LRUCache[str, Encoding] = LRUCache(memory, getsizeof=lambda tensors: sum(t.nbytes for t in tensors.values()))
+        self.kept: LRUCache[str, Encoding] = LRUCache(memory, getsizeof=self._size)
         self.lock = threading.Lock()
         self.disk = disk
         self.pin = device.type == "cuda"  # the copy to the device then goes on beside the computation
@@ -59,6 +59,10 @@ class Store:
         with self.lock:
             found = self.kept.pop(sha256_json([kind, *key]), None)
         return make() if found is None else found
+
+    def _size(self, tensors: Encoding) -> int:
+        """Bytes that they hold: pinned, the next power of two."""
+        return sum(1 << (t.nbytes - 1).bit_length() if self.pin and t.nbytes else t.nbytes for t in tensors.values())
 
     def _remember(self, name: str, tensors: Encoding) -> Encoding:
         if self.pin:
