@@ -109,6 +109,19 @@ def test_equal_samples_are_encoded_once_and_memory_is_bounded(easyref: EasyRef, 
     assert easyref.starts.currsize == 0
 
 
+def test_a_palette_counts_and_what_is_transparent_is_white(easyref: EasyRef) -> None:
+    """As in a file that `open_image` reads; the indices of two palettes may be the same."""
+
+    def encode(image: Image.Image) -> torch.Tensor:
+        return easyref.encode([[image]], ["star"])
+
+    red, blue = (Image.new("RGB", (64, 64), color) for color in ("red", "blue"))
+    assert torch.equal(encode(red.quantize(2)), encode(red)) and torch.equal(encode(blue.quantize(2)), encode(blue))
+    clear = Image.new("RGBA", (64, 64))
+    clear.paste((255, 0, 0, 255), (16, 16, 48, 48))
+    assert torch.equal(encode(clear), encode(reference("red")))
+
+
 def test_cached_keys_and_values_equal_tokens_in_every_step(easyref: EasyRef) -> None:
     """The packed payload of `encode` against tokens projected in each step by each layer."""
     unet = easyref.pipe.unet

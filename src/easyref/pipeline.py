@@ -20,6 +20,7 @@ from cachetools import LRUCache
 from PIL import Image
 
 from easyref.cache import DiskCache, made_here
+from easyref.images import to_rgb
 from easyref.model import attention, reference, weights
 from easyref.model.adapter import Adapter
 from easyref.model.attention import Scales
@@ -156,7 +157,7 @@ class EasyRef:
             given = tuple(weights[i] or ()) if weights else ()
             if given and len(given) != len(images):
                 raise ValueError(f"request {i}: {len(given)} weights for {len(images)} references; give one for each")
-            filled = list(images) or [null_image()]
+            filled = [to_rgb(image) for image in images] or [null_image()]
             samples.append(((tuple(_digest(image) for image in filled), prompt, given), filled))
         tokens: dict[Sample, torch.Tensor] = {}
         for sample, filled in samples:
