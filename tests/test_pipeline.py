@@ -205,3 +205,5 @@ def test_base_models_that_were_fetched_are_not_fetched_again(tmp_path: Path) -> 
 def test_too_long_prompt_names_the_limit(easyref: EasyRef) -> None:
     with pytest.raises(ValueError, match=r"prompt of \d+ tokens is over the text encoder's limit of 24; shorten it"):
         easyref([Request("a very long prompt " * 30, [reference("red")], 0)])
+    with pytest.raises(ValueError, match="over the text encoder's limit of 24"):
+        easyref([Request("star", [reference("red")], 0, negative_prompt="a very long prompt " * 30)], steps=1)

@@ -229,6 +229,7 @@ class EasyRef:
         """`__call__` with the keys and values [B, 1, T, W] that stand for the references, of any number T of tokens."""
         for request in requests:
             self.check_prompt(request.prompt)
+            self.check_prompt(request.negative_prompt)
         self._set_scale(scale)
         payload = positive
         if guidance > 1:
