@@ -207,3 +207,14 @@ def test_too_long_prompt_names_the_limit(easyref: EasyRef) -> None:
         easyref([Request("a very long prompt " * 30, [reference("red")], 0)])
     with pytest.raises(ValueError, match="over the text encoder's limit of 24"):
         easyref([Request("star", [reference("red")], 0, negative_prompt="a very long prompt " * 30)], steps=1)
+
+
+def test_a_pipeline_that_changes_its_precision_goes_on(easyref: EasyRef) -> None:
+    """The last test of this file: the weights stay rounded."""
+
+    def make() -> np.ndarray:
+        return pixels(easyref([Request("star", [reference("red")], 0)], steps=3, guidance=3.0)[0])
+
+    before = make()
+    easyref.pipe.to(torch.bfloat16)
+    assert np.abs(make() - before).mean() < 10  # of 255

@@ -62,7 +62,6 @@ class EasyRef:
         self._measures = copy.deepcopy((pipe.tokenizer, pipe.tokenizer_2))  # those of the pipe change their padding while it draws
         self._before = pipe.scheduler if schedule != AS_BASE else None
         pipe.scheduler = schedule.of(pipe.scheduler)
-        self._null: dict[tuple[float, ...], torch.Tensor] = {}  # by scales
         self.encoded: LRUCache = LRUCache(TOKEN_BYTES, getsizeof=lambda tokens: tokens.nbytes)  # tokens_TX by sample
         self.starts: LRUCache = LRUCache(START_BYTES, getsizeof=lambda start: start.nbytes)  # by the references' digests
         self.disk = disk or DiskCache(Path(), 0, None)
@@ -313,13 +312,7 @@ class EasyRef:
 
     def _unconditional(self, requests: Sequence[Request]) -> torch.Tensor:
         """The unconditional branch: null reference with the negative prompt (method.md §3), or negative references."""
-        negatives = [r.negative_prompt for r in requests]
-        if any(negatives) or any(r.negative_references for r in requests):
-            return self.encode([r.negative_references for r in requests], negatives)
-        scales = attention.scales(self.pipe.unet)
-        if scales not in self._null:
-            self._null = {scales: self.encode([[]], [""])}
-        return self._null[scales].expand(len(requests), -1, -1, -1)
+        return self.encode([r.negative_references for r in requests], [r.negative_prompt for r in requests])
 
 
 def _digest(image: Image.Image) -> str:
