@@ -121,6 +121,12 @@ def drawn(easyref: EasyRef, color: str, options: dict[str, Any], scale: float = 
     return np.asarray(easyref([request], 3, 3.0, scale, **options)[0]).astype(int)
 
 
+def test_the_size_is_that_of_the_control_image(make: Callable[[str], Any], attach: Callable[[Any], EasyRef]) -> None:
+    name = "StableDiffusionXLControlNetPipeline"
+    easyref = attach(make(name))
+    assert drawn(easyref, "red", KINDS[name] | {"image": PICTURE.resize((96, 64))}).shape == (64, 96, 3)
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_references_work_in_every_pipeline_and_leave_no_trace(
     name: str, make: Callable[[str], Any], attach: Callable[[Any], EasyRef]

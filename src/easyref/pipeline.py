@@ -213,8 +213,9 @@ class EasyRef:
         """Images of a batch of requests. Each request's noise depends on its own seed alone, not on the batch.
 
         `guidance` 1 switches the unconditional branch (null or negative references + negative prompt) off. `scale`: of all
-        cross-attentions, or by block (`attention.set_scale`); a block that is not named gets none, as in diffusers. `window`: the share
-        of the steps in which references count, as ControlNet's control_guidance_start and _end. `pipe_options` go to the pipeline.
+        cross-attentions, or by block (`attention.set_scale`); a block that is not named gets none, as in diffusers. `height`, `width`:
+        if not given, the pipeline's own, which is that of its image where it takes one. `window`: the share of the steps in which
+        references count, as ControlNet's control_guidance_start and _end. `pipe_options` go to the pipeline.
         """
         self._set_scale(scale)  # first: values that a graph makes have it in them
         positive = self.encode([r.references for r in requests], [r.prompt for r in requests], [r.weights for r in requests])
@@ -239,7 +240,7 @@ class EasyRef:
         with self._embeds_per_request(payload), self._only_in(window):
             return self.pipe(
                 prompt=[r.prompt for r in requests], negative_prompt=[r.negative_prompt for r in requests],
-                num_inference_steps=steps, guidance_scale=guidance, height=height or self.side, width=width or self.side,
+                num_inference_steps=steps, guidance_scale=guidance, height=height, width=width,
                 generator=[torch.Generator().manual_seed(r.seed) for r in requests], ip_adapter_image_embeds=[payload],
                 **pipe_options,
             ).images  # fmt: skip
