@@ -8,11 +8,12 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import ControlNetModel, StableDiffusionXLPipeline
+from diffusers import ControlNetModel, PNDMScheduler, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
 from easyref.model import weights
+from easyref.model.schedule import Schedule
 from easyref.pipeline import EasyRef, Request
 
 BASE = Path("models/base/diffusion")
@@ -142,6 +143,22 @@ def test_references_work_in_every_pipeline_and_leave_no_trace(
         assert np.abs(drawn(easyref, "red", options | change) - red).max() > 3
     easyref.detach()
     np.testing.assert_array_equal(plain(pipe, options), before)
+
+
+def test_an_attach_that_fails_leaves_the_pipeline_as_it_was(
+    make: Callable[[str], Any], attach: Callable[[Any], EasyRef], checkpoint: Path, tmp_path: Path
+) -> None:
+    """With a scheduler that the checkpoint cannot use; then with one that it can."""
+    config = weights.read_config(checkpoint)
+    asks = config.model_copy(update={"schedule": Schedule(zero_terminal_snr=True, prediction="v_prediction")})
+    weights.save(tmp_path / "asks", load_file(checkpoint / "easyref.safetensors"), asks, torch.float32)
+    pipe = make("StableDiffusionXLPipeline")
+    pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config)
+    before = plain(pipe, {})
+    with pytest.raises(ValueError, match="PNDMScheduler has no rescale_betas_zero_snr"):
+        EasyRef.attach(pipe, tmp_path / "asks", checkpoint.parent)
+    np.testing.assert_array_equal(plain(pipe, {}), before)
+    assert drawn(attach(pipe), "red", {}).shape == (64, 64, 3)
 
 
 def test_a_lora_of_the_user_beside_references(make: Callable[[str], Any], attach: Callable[[Any], EasyRef], style: dict) -> None:

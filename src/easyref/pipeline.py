@@ -130,11 +130,15 @@ class EasyRef:
         adapter = Adapter.install(
             pipe.unet, config.reference.num_tokens, config.lora_rank, config.lora_alpha, torch_rng("attach", "lora")
         )
-        weights.load(folder, encoder, adapter)
-        adapter.merge_lora()
-        pipe.set_progress_bar_config(disable=True)
-        processor = ReferenceProcessor.from_pretrained(place, config.reference, config.mllm_revision)
-        return cls(pipe, encoder, processor, adapter, schedule=config.schedule)
+        try:
+            weights.load(folder, encoder, adapter)
+            adapter.merge_lora()
+            pipe.set_progress_bar_config(disable=True)
+            processor = ReferenceProcessor.from_pretrained(place, config.reference, config.mllm_revision)
+            return cls(pipe, encoder, processor, adapter, schedule=config.schedule)
+        except BaseException:
+            adapter.uninstall()  # the pipeline is the caller's, who may try again
+            raise
 
     def detach(self) -> None:
         """Take EasyRef out of the pipeline, which then draws as before it was attached. LoRAs of others stay."""
