@@ -5,6 +5,7 @@ It stands in the checkpoint: what draws with it must start from the same noise, 
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -33,7 +34,8 @@ class Schedule(BaseModel):
             changes["prediction_type"] = self.prediction
         if self.zero_terminal_snr is not None:
             changes["rescale_betas_zero_snr"] = self.zero_terminal_snr
-        if lacking := [key for key in changes if key not in scheduler.config]:
+        has = inspect.signature(type(scheduler).__init__).parameters  # its config may keep what another scheduler had
+        if lacking := [key for key in changes if key not in has]:
             raise ValueError(f"{type(scheduler).__name__} has no {lacking[0]}, which the checkpoint needs; use DDIMScheduler")
         if self.zero_terminal_snr:
             changes["timestep_spacing"] = "trailing"  # drawing starts where there is no signal (§3.3)
