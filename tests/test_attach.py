@@ -8,7 +8,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import ControlNetModel, PNDMScheduler, StableDiffusionXLPipeline
+from diffusers import ControlNetModel, DEISMultistepScheduler, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -145,6 +145,21 @@ def test_references_work_in_every_pipeline_and_leave_no_trace(
     np.testing.assert_array_equal(plain(pipe, options), before)
 
 
+def test_a_second_detach_does_nothing_and_the_progress_bar_stays(make: Callable[[str], Any], attach: Callable[[Any], EasyRef]) -> None:
+    pipe = make("StableDiffusionXLPipeline")
+    pipe.set_progress_bar_config(disable=False)
+    first = attach(pipe)
+    first.detach()
+    second = attach(pipe)
+    assert not pipe._progress_bar_config["disable"]
+    pipe.set_progress_bar_config(disable=True)
+    red = drawn(second, "red", {})
+    first.detach()  # of another that is attached now
+    np.testing.assert_array_equal(drawn(second, "red", {}), red)
+    with pytest.raises(ValueError, match="detached from its pipeline; attach the checkpoint again"):
+        drawn(first, "red", {})
+
+
 def test_an_attach_that_fails_leaves_the_pipeline_as_it_was(
     make: Callable[[str], Any], attach: Callable[[Any], EasyRef], checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -153,9 +168,9 @@ def test_an_attach_that_fails_leaves_the_pipeline_as_it_was(
     asks = config.model_copy(update={"schedule": Schedule(zero_terminal_snr=True, prediction="v_prediction")})
     weights.save(tmp_path / "asks", load_file(checkpoint / "easyref.safetensors"), asks, torch.float32)
     pipe = make("StableDiffusionXLPipeline")
-    pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler = DEISMultistepScheduler.from_config(pipe.scheduler.config)
     before = plain(pipe, {})
-    with pytest.raises(ValueError, match="PNDMScheduler has no rescale_betas_zero_snr"):
+    with pytest.raises(ValueError, match="DEISMultistepScheduler has no rescale_betas_zero_snr"):
         EasyRef.attach(pipe, tmp_path / "asks", checkpoint.parent)
     np.testing.assert_array_equal(plain(pipe, {}), before)
     assert drawn(attach(pipe), "red", {}).shape == (64, 64, 3)

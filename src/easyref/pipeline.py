@@ -114,6 +114,7 @@ class EasyRef:
         config = weights.read_config(folder)
         place = _base_place(config.base_id, config.base_revision, Path(base) if base else folder.parent)
         pipe = StableDiffusionXLPipeline.from_pretrained(place, revision=config.base_revision, torch_dtype=dtype, add_watermarker=False)
+        pipe.set_progress_bar_config(disable=True)
         return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     @classmethod
@@ -133,7 +134,6 @@ class EasyRef:
         try:
             weights.load(folder, encoder, adapter)
             adapter.merge_lora()
-            pipe.set_progress_bar_config(disable=True)
             processor = ReferenceProcessor.from_pretrained(place, config.reference, config.mllm_revision)
             return cls(pipe, encoder, processor, adapter, schedule=config.schedule)
         except BaseException:
@@ -144,7 +144,7 @@ class EasyRef:
         """Take EasyRef out of the pipeline, which then draws as before it was attached. LoRAs of others stay."""
         self.adapter.uninstall()
         if self._before:
-            self.pipe.scheduler = self._before
+            self.pipe.scheduler, self._before = self._before, None
 
     @torch.no_grad()
     def encode(
@@ -155,6 +155,8 @@ class EasyRef:
 
         A sample is encoded once. A new prompt for references that were encoded before runs its text only.
         """
+        if not self.adapter.installed:
+            raise ValueError("EasyRef is detached from its pipeline; attach the checkpoint again")
         samples: list[tuple[Sample, list[Image.Image]]] = []
         for i, (images, prompt) in enumerate(zip(references, prompts, strict=True)):
             given = tuple(weights[i] or ()) if weights else ()

@@ -30,6 +30,7 @@ class Adapter:
         self._before_hid_type = self._config.encoder_hid_dim_type
         self._before_grad = {p: p.requires_grad for p in unet.parameters()}
         self._merged: lora.Merged | None = None
+        self.installed = True
 
     @classmethod
     def install(
@@ -58,7 +59,10 @@ class Adapter:
         return adapter
 
     def uninstall(self) -> None:
-        """Give the UNet back as it was: weights, processors, config and requires_grad."""
+        """Give the UNet back as it was: weights, processors, config and requires_grad. Once done, done again does nothing."""
+        if not self.installed:
+            return
+        self.installed = False
         if self._merged is not None:
             lora.restore(self.unet, self._merged)
             self._merged = None
