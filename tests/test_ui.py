@@ -163,6 +163,25 @@ def test_what_is_wrong_is_said_in_one_line(page: Any, files: list[Path]) -> None
     page.fill("#prompt", "star")
 
 
+def test_weights_by_keyboard_and_mouse(page: Any, files: list[Path]) -> None:
+    page.reload()
+    page.set_input_files("#files", files[:2])
+    sliders = page.locator("#references .tiles input")
+    expect(sliders).to_have_count(2)
+    sliders.nth(0).focus()
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")
+    assert sliders.nth(0).input_value() == "1.3"
+    box = sliders.nth(1).bounding_box()
+    place = lambda share: (box["x"] + share * box["width"], box["y"] + box["height"] / 2)  # noqa: E731
+    page.mouse.move(*place(1 / 3))
+    page.mouse.down()
+    page.mouse.move(*place(1), steps=5)
+    page.mouse.up()
+    assert sliders.nth(1).input_value() == "3"
+    assert page.locator("#references .weight").all_inner_texts() == ["×1.3", "×3.0"]
+
+
 def test_a_lost_reference_is_asked_for_and_takes_its_place(page: Any, files: list[Path], tmp_path: Path) -> None:
     """Another server, that has never seen the references: the picture says which are missing."""
     from PIL.PngImagePlugin import PngInfo

@@ -44,18 +44,21 @@ function addTile(kept, negative, weight = 1) {
   image.alt = image.title = `${kept.name}, ${kept.width}×${kept.height}`
   image.classList.toggle('small', kept.width <= 128)
   slider.value = weight
-  slider.addEventListener('input', () => { one.weight = +slider.value; showTiles() })
+  slider.addEventListener('input', () => { one.weight = +slider.value; showWeight(one) })
   one.element.querySelector('.remove').addEventListener('click', () => { references.splice(references.indexOf(one), 1); wanted = []; showTiles() })
   references.push(one)
+  showWeight(one)
+}
+
+// Alone: a slider that is put in its place again loses focus and drag.
+function showWeight({ element, weight }) {
+  element.querySelector('.weight').textContent = `×${weight.toFixed(1)}`
+  element.classList.toggle('off', weight === 0)
 }
 
 function showTiles() {
   const place = one => (wanted.findIndex(used => stands(one, used)) + wanted.length + 1) % (wanted.length + 1)
   if (wanted.length) references.sort((a, b) => place(a) - place(b))
-  for (const one of references) {
-    one.element.querySelector('.weight').textContent = `×${one.weight.toFixed(1)}`
-    one.element.classList.toggle('off', one.weight === 0)
-  }
   for (const [id, negative] of [['references', false], ['against', true]]) {
     const here = placed(negative)
     $(id).querySelector('.tiles').replaceChildren(...here.map(one => one.element))
