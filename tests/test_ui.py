@@ -182,6 +182,17 @@ def test_weights_by_keyboard_and_mouse(page: Any, files: list[Path]) -> None:
     assert page.locator("#references .weight").all_inner_texts() == ["×1.3", "×3.0"]
 
 
+def test_every_button_is_reached_by_keyboard(page: Any, files: list[Path]) -> None:
+    page.reload()
+    expect(page.locator("#model")).to_contain_text("pretrain")
+    for name in ("open", "files", "against_files"):
+        page.locator(f"#{name}").focus()
+        with page.expect_file_chooser() as chooser:
+            page.keyboard.press("Enter")
+        chooser.value.set_files(files[0])
+    expect(page.locator(".tiles li")).to_have_count(2)
+
+
 def test_a_lost_reference_is_asked_for_and_takes_its_place(page: Any, files: list[Path], tmp_path: Path) -> None:
     """Another server, that has never seen the references: the picture says which are missing."""
     from PIL.PngImagePlugin import PngInfo

@@ -235,8 +235,6 @@ $('form').addEventListener('submit', async event => {
   $('go').disabled = false
 })
 document.addEventListener('keydown', event => { if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) $('form').requestSubmit() })
-for (const add of document.querySelectorAll('.add'))
-  add.addEventListener('keydown', event => { if (event.key === 'Enter' || event.key === ' ') { event.preventDefault(); add.querySelector('input').click() } })
 for (const [id, take] of [['files', addFiles], ['against_files', files => addFiles(files, true)], ['open', files => openPicture(files[0])]])
   $(id).addEventListener('change', async () => { const files = [...$(id).files]; $(id).value = ''; if (files.length) await take(files) })
 $('by_block').addEventListener('change', event =>
