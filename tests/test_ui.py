@@ -1,5 +1,6 @@
 """`easyref ui` in headless Chromium with the shipped weights: what a person does, from dropping images to getting settings back."""
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -149,10 +150,13 @@ def test_images_to_avoid_and_what_stands_under_more(page: Any, files: list[Path]
     expect(page.locator("#model")).to_contain_text("pretrain")
 
 
-def test_what_is_wrong_is_said_in_one_line(page: Any, files: list[Path]) -> None:
+def test_what_is_wrong_is_said_in_one_line(page: Any, files: list[Path], tmp_path: Path) -> None:
     before = page.locator("#references .tiles li").count()
     page.set_input_files("#files", files[2])
     expect(page.locator("#notice")).to_contain_text("broken.png: broken image data")
+    (tmp_path / "text.png").write_text("hello")
+    page.set_input_files("#files", [files[2], tmp_path / "text.png"])
+    expect(page.locator("#notice")).to_have_text(re.compile("broken.png: broken image data.* · text.png: not an image"))
     page.set_input_files("#open", files[0])
     expect(page.locator("#notice")).to_contain_text("a.png: no settings in it")
     assert page.locator("#references .tiles li").count() == before

@@ -69,6 +69,7 @@ function showTiles() {
 
 async function addFiles(files, negative = false, dropped = true) {
   say('')
+  const faults = []
   for (const file of files) {
     try {
       const kept = await upload(file)
@@ -76,9 +77,10 @@ async function addFiles(files, negative = false, dropped = true) {
       addTile(kept, used?.negative ?? negative, used?.weight)
       if (wanted.length) tellMissing()
       if (dropped && kept.settings && !wanted.length) say(`${kept.name} was drawn by easyref. Drop it on the right to take its settings instead.`)
-    } catch (error) { say(error.message, true) }
+    } catch (error) { faults.push(error.message) }
     showTiles()
   }
+  if (faults.length) say(faults.join(' · '), true)
 }
 
 // Settings
