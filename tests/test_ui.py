@@ -197,6 +197,22 @@ def test_every_button_is_reached_by_keyboard(page: Any, files: list[Path]) -> No
     expect(page.locator(".tiles li")).to_have_count(2)
 
 
+def test_a_server_that_dies_and_words_that_are_dropped(page: Any) -> None:
+    """A stream that ends in the middle, as the browser tells it; text that is dragged into the prompt stays the browser's."""
+    torn = "new ReadableStream({ start(c) { c.enqueue(new TextEncoder().encode('{\\"ahead\\":0}\\n')); c.error(new TypeError('network error')) } })"
+    page.evaluate(f"window.fetch = async () => new Response({torn})")
+    page.click("#go")
+    expect(page.locator("#notice")).to_have_text("The server stopped in the middle; look at its log.")
+    drop = """place => {
+        const dragged = new DataTransfer(); dragged.setData('text/plain', 'words')
+        const event = new DragEvent('drop', { dataTransfer: dragged, bubbles: true, cancelable: true })
+        document.querySelector(place).dispatchEvent(event); return event.defaultPrevented
+    }"""
+    assert not page.evaluate(drop, "#prompt") and page.evaluate(drop, "#gallery")
+    page.reload()
+    expect(page.locator("#model")).to_contain_text("pretrain")
+
+
 def test_a_lost_reference_is_asked_for_and_takes_its_place(page: Any, files: list[Path], tmp_path: Path) -> None:
     """Another server, that has never seen the references: the picture says which are missing."""
     from PIL.PngImagePlugin import PngInfo

@@ -4,6 +4,7 @@
 const $ = id => document.getElementById(id)
 const copy = id => $(id).content.firstElementChild.cloneNode(true)
 const SETTINGS = ['prompt', 'negative_prompt', 'steps', 'guidance', 'scale', 'width', 'height', 'window_start', 'window_end']
+const STOPPED = 'The server stopped in the middle; look at its log.'
 const references = []      // {kept, weight, negative, element}, in the order they are drawn with
 let wanted = []            // references of a picture whose settings were taken, here or not
 let limits = {}            // of GET /model
@@ -151,7 +152,7 @@ async function* lines(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader()
   let rest = ''
   for (;;) {
-    const { value, done } = await reader.read()
+    const { value, done } = await reader.read().catch(error => { throw error.name === 'AbortError' ? error : new Error(STOPPED) })
     if (done) return
     const parts = (rest + value).split('\n')
     rest = parts.pop()
@@ -210,7 +211,7 @@ async function draw() {
       if (event.step) { bar.value = event.step / event.steps; stage.textContent = `Step ${event.step} of ${event.steps}` }
       if (event.images) made = event.images
     }
-    if (!made) throw new Error('The server stopped in the middle; look at its log.')
+    if (!made) throw new Error(STOPPED)
     const files = made.map(one => showPicture(batch.querySelector('.pictures'), one, `easyref-${one.seed}.png`))
     $('seed').value = made[0].seed
     batch.querySelector('.progress').remove()
@@ -254,12 +255,15 @@ function target(event) {
   const within = selector => event.target instanceof Element && event.target.closest(selector)
   return within('#against') ? 'against' : within('#form') ? 'references' : 'gallery'
 }
+const isText = event => event.target instanceof HTMLTextAreaElement && !event.dataTransfer.types.includes('Files')
 document.addEventListener('dragover', event => {
+  if (isText(event)) return
   event.preventDefault()
   for (const id of PLACES) $(id).classList.toggle('over', id === target(event))
 })
 for (const kind of ['dragleave', 'drop']) document.addEventListener(kind, () => PLACES.forEach(id => $(id).classList.remove('over')))
 document.addEventListener('drop', event => {
+  if (isText(event)) return
   event.preventDefault()
   const files = [...event.dataTransfer.files]
   if (files.length) target(event) === 'gallery' ? openPicture(files[0]) : addFiles(files, target(event) === 'against')
