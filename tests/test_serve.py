@@ -100,6 +100,7 @@ def test_what_is_wrong_is_one_line(server: str, image: bytes) -> None:
         ({"seed": -1}, 400, "seed -1: out of"),
         ({"references": ["/etc/passwd"]}, 400, r"references\[0\]: not base64"),
         ({"references": ["aGVsbG8="]}, 400, r"references\[0\]: not an image"),
+        ({"references": ["ab" * 32]}, 400, r"references\[0\]: uploaded once, and not here any more; upload it again"),
         ({"references": [base64.b64encode(image).decode()], "weights": [0.0]}, 400, r"weights \[0.0\] of the references"),
         ({"references": ["x"] * 33}, 400, "references: 33, at most 32"),
         ({"negative_references": ["x"] * 33}, 400, "negative_references: 33, at most 32"),

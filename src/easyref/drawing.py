@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -293,6 +294,8 @@ def _file(text: str, name: str) -> bytes:
         if not path.is_relative_to(Path(allowed).resolve()):
             raise ValueError(f"{name}: outside EASYREF_REFERENCES; give a path below it")
         return path.read_bytes()
+    if re.fullmatch("[0-9a-f]{64}", text):
+        raise ValueError(f"{name}: uploaded once, and not here any more; upload it again")
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
