@@ -114,6 +114,11 @@ def test_pull_gives_the_checked_model(project: Path, tmp_path: Path) -> None:
     weights.unlink()
     with pytest.raises(ValueError, match=r"missing; pull the model again"):
         registry.check_bundle(folder)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.odt").write_text("years of work")
+    with pytest.raises(ValueError, match="mine: holds something else than a pulled model, and would be replaced"):
+        registry.pull(project, "models:/easyref@champion", tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.odt").exists()
     for uri in ("models:/other@champion", "easyref", "models:/easyref"):
         with pytest.raises(RegistryError, match="not an address of the registry"):
             registry.pull(project, uri, folder)
@@ -137,8 +142,15 @@ def test_graphs_are_attached_to_their_version_and_pulled_with_it(project: Path, 
     assert version
     graphs = graphs_of(project / "models" / "finetune_multi", tmp_path / "graphs")
     assert "onnx      none attached" in registry.trace(project, "models:/easyref@champion")
+    kept = registry.cached(project, "models:/easyref@champion")
+    assert not (kept / "onnx").exists() and registry.cached(project, f"models:/easyref/{version}") == kept
     registry.attach(project, version, graphs)
     registry.attach(project, version, graphs)
+    assert registry.cached(project, "models:/easyref@champion") == kept and (kept / "onnx" / "unet.onnx").read_bytes() == b"graph"
+    (kept / "checkpoint" / "easyref.safetensors").write_bytes(b"torn")
+    registry.check_bundle(registry.cached(project, "models:/easyref@champion"))
+    inode = kept.stat().st_ino
+    assert registry.cached(project, "models:/easyref@champion").stat().st_ino == inode, "fetched once"
     registry.pull(project, "models:/easyref@champion", tmp_path / "model")
     assert (tmp_path / "model" / "onnx" / "unet.onnx").read_bytes() == b"graph"
     registry.check_bundle(tmp_path / "model")

@@ -199,7 +199,9 @@ def test_every_button_is_reached_by_keyboard(page: Any, files: list[Path]) -> No
 
 def test_a_server_that_dies_and_words_that_are_dropped(page: Any) -> None:
     """A stream that ends in the middle, as the browser tells it; text that is dragged into the prompt stays the browser's."""
-    torn = "new ReadableStream({ start(c) { c.enqueue(new TextEncoder().encode('{\\"ahead\\":0}\\n')); c.error(new TypeError('network error')) } })"
+    torn = """new ReadableStream({ start(c) {
+        c.enqueue(new TextEncoder().encode('{"ahead":0}' + String.fromCharCode(10))); c.error(new TypeError('network error'))
+    } })"""
     page.evaluate(f"window.fetch = async () => new Response({torn})")
     page.click("#go")
     expect(page.locator("#notice")).to_have_text("The server stopped in the middle; look at its log.")

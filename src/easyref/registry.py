@@ -23,7 +23,7 @@ from easyref.records import atomic_folder, changed_file, read_json, sha256_file,
 from easyref.tracking import MODEL, connect, figures, flat, tags
 
 CHAMPION, CHALLENGER = "champion", "challenger"
-MANIFEST, ONNX = "manifest.json", "onnx"
+MANIFEST, LINEAGE, ONNX = "manifest.json", "lineage.json", "onnx"
 PYFUNC = Path(__file__).parent / "pyfunc.py"
 
 
@@ -49,7 +49,7 @@ def make_bundle(project: Path, folder: Path, flow_run: str = "") -> None:
     shutil.copy(project / "metrics" / "evaluate.json", folder)
     shutil.copy(project / "reports" / "grid.png", folder)
     shutil.copy(project / "params.yaml", folder)
-    write_json(folder / "lineage.json", lineage(project, flow_run))
+    write_json(folder / LINEAGE, lineage(project, flow_run))
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     write_json(folder / MANIFEST, {str(path.relative_to(folder)): sha256_file(path) for path in files})
 
@@ -85,7 +85,7 @@ def register(project: Path, flow_run: str = "") -> str:
         bundle = Path(temporary) / "bundle"
         bundle.mkdir()
         make_bundle(project, bundle, flow_run)
-        facts, params = read_json(bundle / "lineage.json"), load_params(project / "params.yaml")
+        facts, params = read_json(bundle / LINEAGE), load_params(project / "params.yaml")
         mlflow.set_tags(tags(facts) | {"evaluated_on": evaluated_on(params, facts["stages"])})
         mlflow.log_params({k: str(v)[:500] for k, v in flat(params.model_dump()).items()})
         mlflow.log_metrics(figures(result))
@@ -271,33 +271,53 @@ def pulled(version: str, names: list[str] | None = None) -> Iterator[Path]:
 
 
 def pull(project: Path, uri: str, folder: Path) -> str:
-    """Fetch a registered model, with its graphs in `onnx/` if it has any, into `folder` and check every hash. Returns its version."""
-    client = connect(project)
+    """Fetch a registered model, with its graphs in `onnx/` if it has any, into `folder` and check every hash. Returns its version.
+
+    Raises:
+        ValueError: `folder` has something else in it, or what came is not what was registered.
+    """
+    if folder.exists() and any(folder.iterdir()) and not (folder / LINEAGE).exists():
+        raise ValueError(f"{folder}: holds something else than a pulled model, and would be replaced; name another folder")
+    version = resolve(connect(project), uri)
+    _fetch(version, folder)
+    return str(version.version)
+
+
+def _fetch(version: Any, folder: Path) -> None:
     import mlflow
 
-    version = resolve(client, uri)
     with pulled(version.version) as bundle, atomic_folder(folder) as temporary:
         check_bundle(bundle)
         shutil.copytree(bundle, temporary, dirs_exist_ok=True)
         if ONNX in version.tags:
             mlflow.artifacts.download_artifacts(f"models:/{MODEL}/{version.version}/{ONNX}", dst_path=str(temporary))
             if check_graphs(temporary / ONNX) != version.tags[ONNX]:
-                raise ValueError(f"{uri}: the graphs' manifest is not the one that was attached; run `easyref release` again")
-    return str(version.version)
+                raise ValueError(
+                    f"{MODEL} {version.version}: the graphs' manifest is not the one that was attached; run `easyref release` again"
+                )
 
 
 def cached(project: Path, uri: str) -> Path:
-    """The pulled bundle of `uri` in the project's cache, checked each time it is used."""
+    """The pulled bundle of `uri` in the project's cache, checked each time it is used; fetched again where it is torn or the version
+    has other graphs now."""
     client = connect(project)
     version = resolve(client, uri)
     folder = project / ".cache" / "models" / f"{MODEL}-{version.version}-{version.run_id[:12]}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another process may want the same just now
-        if not folder.exists():
-            pull(project, f"models:/{MODEL}/{version.version}", folder)
-    check_bundle(folder)
+        if not _holds(folder, version):
+            _fetch(version, folder)
     return folder
+
+
+def _holds(folder: Path, version: Any) -> bool:
+    try:
+        check_bundle(folder)
+    except ValueError:
+        return False
+    graphs = folder / ONNX / MANIFEST
+    return (sha256_file(graphs) if graphs.exists() else None) == version.tags.get(ONNX)
 
 
 def links(project: Path, version: str) -> dict[str, str]:
@@ -318,8 +338,8 @@ def trace(project: Path, uri: str) -> str:
     client = connect(project)
     version = resolve(client, uri)
     run = client.get_run(version.run_id)
-    with pulled(version.version, ["lineage.json"]) as folder:
-        facts = read_json(folder / "lineage.json")
+    with pulled(version.version, [LINEAGE]) as folder:
+        facts = read_json(folder / LINEAGE)
     aliases = ", ".join(version.aliases) or "no alias"
     git = facts["git"]
     graphs = f"sha256 {version.tags[ONNX][:16]}" if ONNX in version.tags else "none attached"
