@@ -124,3 +124,11 @@ def test_a_stage_that_did_not_run_has_no_run(project: Path) -> None:
 def test_every_trained_stage_is_watched() -> None:
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     assert set(tracking.WATCHED) == set(stages) - {"ingest", "embed", "group", "split", "report"}
+
+
+def test_a_server_that_is_down_is_one_line_without_its_password(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:9/")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(ConnectionError, match="MLFLOW_TRACKING_URI does not answer, is it up?") as raised:
+        tracking.connect(project)
+    assert "secret" not in str(raised.value) and len(str(raised.value).splitlines()) == 1
