@@ -1,5 +1,6 @@
 """What is kept on disk: bounded, least recently used first to go, safe against torn files and other processes."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -70,6 +71,23 @@ def test_a_folder_that_cannot_be_written_is_no_failure(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match="encoded references are not kept"):
         DiskCache(tmp_path / "file" / "folder", 2**20, None).put(KIB, "a")
+
+
+def test_a_folder_that_is_only_to_be_read_gives_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a mount that is read-only; whoever runs the tests may write anywhere."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    cache = DiskCache(tmp_path, 2**20, None)
+    cache.put(KIB, "a")
+    cache.put(KIB, "b")
+    cache.path("b").write_bytes(b"torn")
+    monkeypatch.setattr(os, "utime", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert kept(cache, "a") == ["a"]
+    with pytest.warns(UserWarning, match="unreadable"):
+        assert not kept(cache, "b")
 
 
 WRITE = """

@@ -12,6 +12,7 @@ import os
 import re
 import tempfile
 import warnings
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -61,12 +62,14 @@ class DiskCache:
         path = self.path(*key)
         try:
             tensors = load_file(path, str(device))
-            os.utime(path)  # mounts seldom keep the time of reading
+            with suppress(OSError):  # a folder that is only to be read
+                os.utime(path)  # mounts seldom keep the time of reading
         except (SafetensorError, OSError, RuntimeError) as error:
             if not path.exists():  # never there, or another process trimmed it; safetensors has several errors for that
                 return None
             warnings.warn(f"{path}: unreadable ({error}); made again", stacklevel=2)
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
             return None
         return tensors
 
