@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from easyref import cli
 from easyref.images import ImageError, open_image
 
 
@@ -70,3 +71,13 @@ def test_import_of_the_cli_is_light() -> None:
     heavy = ("torch", "polars", "diffusers", "transformers", "PIL")
     code = f"import sys, easyref.cli, easyref.evaluation.summary; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_an_error_without_words_is_its_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def late() -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr(cli, "app", late)
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().err == "easyref: TimeoutError\n"

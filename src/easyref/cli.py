@@ -744,7 +744,7 @@ def main() -> None:
             raise
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         fix = "; make room and give the command again: what is finished is kept" if full else ""
-        print(f"easyref: {str(error).splitlines()[0]}{fix}", file=sys.stderr)
+        print(f"easyref: {(str(error).splitlines() or [type(error).__name__])[0]}{fix}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("easyref: stopped; the same command goes on where it was", file=sys.stderr)
