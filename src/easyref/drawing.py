@@ -31,6 +31,7 @@ MAX_BATCH = 8  # images that are drawn together
 MAX_SCALE, MAX_NAMES = 10, 256  # of the references; of a scale by block
 PNG_KEY = "easyref"
 Share = Annotated[float, Field(ge=0, le=1)]
+Prompt = Annotated[str, Field(max_length=10_000)]  # text encoders take some 77 tokens; a megabyte is a second of counting them
 Side = Annotated[int, Field(ge=8, le=8192)]  # pixels; the model has narrower bounds
 
 
@@ -43,8 +44,8 @@ class Wish(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    prompt: str = ""
-    negative_prompt: str = ""
+    prompt: Prompt = ""
+    negative_prompt: Prompt = ""
     steps: int = Field(default=30, ge=1, le=1000)
     guidance: float = Field(default=3.0, ge=1, le=50)
     scale: float | dict[str, float] = 1.0
