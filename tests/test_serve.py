@@ -157,6 +157,7 @@ def test_pages_of_others_are_refused(server: str) -> None:
     assert ask(f"{server}/generate", {"steps": 1}, Origin="http://evil.example")[0] == 403
     assert ask(f"{server}/generate", {"steps": 1}, Origin="null")[0] == 403
     assert ask(f"{server}/health", Origin=server)[0] == 200
+    assert ask(f"{server}/health", Host="[::1")[0] == 403 and ask(f"{server}/health", Origin="http://[")[0] == 403
 
 
 @pytest.mark.long

@@ -227,9 +227,9 @@ class Guard:
 
     def _refuse(self, path: str, headers: Headers) -> Response | None:
         host = headers.get("host", "")
-        if self.token is None and not is_loopback(urlsplit(f"//{host}").hostname or ""):
+        if self.token is None and not is_loopback(hostname(host)):
             return fault(403, f"host {host!r}: served to this machine only, as http://127.0.0.1")
-        if (origin := headers.get("origin")) and urlsplit(origin).netloc != host:
+        if (origin := headers.get("origin")) and origin.partition("://")[2] != host:
             return fault(403, f"origin {origin!r}: pages of other sites are not served")
         if self.token is not None and path != "/health" and not hmac.compare_digest(given_token(headers), self.token.encode()):
             return fault(401, "a token is needed: Authorization: Bearer TOKEN", {"WWW-Authenticate": 'Basic realm="easyref"'})
@@ -256,6 +256,14 @@ def given_token(headers: Headers) -> bytes:
         except ValueError:
             return b""
     return value.encode("latin-1") if kind.lower() == "bearer" else b""  # as headers are decoded
+
+
+def hostname(host: str) -> str:
+    """Of HOST:PORT; nothing where that is none."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def is_loopback(host: str) -> bool:
