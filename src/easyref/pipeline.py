@@ -167,9 +167,11 @@ class EasyRef:
         tokens: dict[Sample, torch.Tensor] = {}
         for sample, filled in samples:
             if sample not in tokens:
-                tokens[sample] = self._tokens(sample, filled)
+                tokens[sample] = self._tokens(sample, filled).to(self.device)
         rows = {sample: row for row, sample in enumerate(tokens)}
-        payload = self.adapter.payload(torch.stack(list(tokens.values())).to(self.pipe.unet.dtype))
+        unet = self.pipe.unet
+        there = self.device if unet.device.type == "meta" else unet.device  # an offloaded UNet is elsewhere now than when it draws
+        payload = self.adapter.payload(torch.stack(list(tokens.values())).to(there, unet.dtype)).to(self.device)
         return payload[[rows[sample] for sample, _ in samples]]
 
     def _tokens(self, sample: Sample, images: list[Image.Image]) -> torch.Tensor:
@@ -186,7 +188,7 @@ class EasyRef:
         """The prefix over the images from memory, from disk, or run."""
         assert isinstance(self.encoder, ReferenceEncoder)
         if digests in self.starts:
-            return self.starts[digests]
+            return self.starts[digests].to(self.device)
         kept = self.disk.get(self.device, "start", digests)
         if kept is None:
             start = self.encoder.start(self.processor([images], [""]).to(self.device))
@@ -203,9 +205,12 @@ class EasyRef:
             inputs = self.processor([images], [prompt])
             (tokens_TX,) = self.encoder(inputs, self._bias(inputs, given))
             return tokens_TX
+        self.encoder.to(self.device)  # the pipeline may have moved since, or be offloaded
         start = self._start(digests, images)
         inputs = self.processor.batch([ReferenceSample(start.images, prompt)])
         (tokens_TX,) = self.encoder(self.encoder.prefix_from(start, inputs.to(self.device)), self._bias(inputs, given))
+        if self.pipe.device.type != "meta":
+            self.encoder.to(self.pipe.device)  # with an offloaded one off the GPU again
         return tokens_TX
 
     def _bias(self, inputs: ReferenceInputs, given: tuple[float, ...]) -> torch.Tensor | None:
