@@ -250,6 +250,14 @@ def test_trace_reaches_the_shards_and_licences(project: Path) -> None:
         assert re.search(line, text), line
 
 
+def test_links_have_no_password(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = tracking.connect(project)
+    monkeypatch.setattr(registry, "connect", lambda _: client)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://user:secret@mlflow.example/base/")
+    links = registry.links(project, "1")
+    assert len(links) == 3 and all(link.startswith("https://mlflow.example/base/") for link in links.values())
+
+
 def test_manifest_lists_every_file(project: Path, tmp_path: Path) -> None:
     registry.make_bundle(project, tmp_path)
     names = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}

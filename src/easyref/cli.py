@@ -665,7 +665,7 @@ def release(
 @app.command()
 def pull(
     model: Annotated[str, typer.Argument(help="models:/easyref@champion or models:/easyref/VERSION")],
-    folder: Annotated[Path, typer.Argument(help="Where to; replaced if it is there.")],
+    folder: Annotated[Path, typer.Argument(help="Where to; a model that was pulled there is replaced.")],
 ) -> None:
     """Fetch a registered model and check its hashes."""
     from easyref.registry import pull as run

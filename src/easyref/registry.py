@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from easyref.config import Release, load_params
 from easyref.lineage import evaluated_on, lineage
@@ -322,9 +323,10 @@ def _holds(folder: Path, version: Any) -> bool:
 
 def links(project: Path, version: str) -> dict[str, str]:
     """Pages of a version, its run and its grid on the MLflow server; nothing where there is no server."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "").rstrip("/")
-    if not uri.startswith("http"):
+    parts = urlsplit(os.environ.get("MLFLOW_TRACKING_URI", "").rstrip("/"))
+    if not parts.scheme.startswith("http"):
         return {}
+    uri = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()  # without a password
     run = connect(project).get_run(_existing(connect(project), version).run_id).info
     return {
         f"{MODEL} {version}": f"{uri}/#/models/{MODEL}/versions/{version}",
