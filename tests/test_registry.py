@@ -222,6 +222,8 @@ def test_mlflow_runs_the_model(project: Path, monkeypatch: pytest.MonkeyPatch, t
     with ThreadPoolExecutor(4) as pool:  # as MLflow's server calls it
         assert [found[0].image for found in pool.map(model.predict, asked)] == alone
 
+    with pytest.raises(Exception, match="guidance_scale"):
+        model.predict([request | {"guidance_scale": 9.0}])
     for changes, message in (
         ({"steps": 0}, "steps 0: out of 1 to 200"),
         ({"references": ["/etc/passwd"]}, r"references\[0\]: not base64 of an image file"),

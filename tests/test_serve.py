@@ -113,6 +113,7 @@ def test_what_is_wrong_is_one_line(server: str, image: bytes) -> None:
         ({"prompt": "very long " * 300}, 400, "prompt of .* tokens is over the text encoder's limit"),
         ({"prompt": "x" * 10**7}, 400, "prompt: String should have at most 10000 characters"),
         ({"negative_prompt": "x" * 10**7}, 400, "negative_prompt: String should have at most 10000 characters"),
+        ({"guidance_scale": 9}, 422, "guidance_scale: Extra inputs are not permitted"),
         ({"prompt": 3}, 422, "prompt: Input should be a valid string"),
         ({"prompt": "x" * (65 * 2**20)}, 413, "over 64 MiB"),
     ):

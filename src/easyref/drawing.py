@@ -235,6 +235,8 @@ def _parted(references: Sequence[Reference]) -> tuple[list[Reference], list[Refe
 class GenerateRequest(BaseModel):
     """One image to make, as asked for over HTTP."""
 
+    model_config = ConfigDict(extra="forbid")  # an option of another name would have no effect
+
     references: list[str] = Field(description="base64 of image files, or paths below EASYREF_REFERENCES")
     prompt: str
     weights: list[float] | None = Field(default=None, description="how much each reference counts; 1 each if not given")
