@@ -234,8 +234,9 @@ def test_mlflow_runs_the_model(project: Path, monkeypatch: pytest.MonkeyPatch, t
     reference.save(tmp_path / "a.png")
     monkeypatch.setenv("EASYREF_REFERENCES", str(tmp_path))
     assert model.predict([request | {"references": ["a.png"]}])[0].image == made.image
-    with pytest.raises(ValueError, match=r"references\[0\]: outside EASYREF_REFERENCES"):
-        model.predict([request | {"references": [f"../{tmp_path.name}/../../../../../../../etc/passwd"]}])
+    for there in ("etc/passwd", "etc/none"):
+        with pytest.raises(ValueError, match=r"references\[0\]: not base64 of an image file; paths are taken only below"):
+            model.predict([request | {"references": [f"../{tmp_path.name}/../../../../../../../{there}"]}])
 
 
 def test_trace_reaches_the_shards_and_licences(project: Path) -> None:
