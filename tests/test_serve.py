@@ -1,9 +1,12 @@
 """`easyref serve` in a process of its own: drawings, limits, the queue, who is served; the same bits as `generate`."""
 
+import asyncio
 import base64
+import gc
 import io
 import json
 import re
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -12,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -20,7 +24,7 @@ from PIL import Image
 from easyref.data.shards import ImageStore
 from easyref.drawing import Artist, Reference, Settings, Wish
 from easyref.records import sha256_bytes
-from easyref.serve import check_host
+from easyref.serve import check_host, create_app
 from tests.serving import CHECKPOINT, running
 
 LINES = {"Accept": "application/x-ndjson"}
@@ -171,6 +175,42 @@ def test_other_machines_need_the_token(tmp_path: Path) -> None:
         for given, status in (("", 401), ("Bearer other", 401), ("Basic !", 401), (bearer, 200), (f"Basic {basic}", 200)):
             found = ask(f"{here}/model", Authorization=given)
             assert found[0] == status and ("WWW-Authenticate" in found[2]) == (status == 401)
+
+
+def test_who_waits_holds_no_pixels() -> None:
+    """Sixteen drawings of 28 photographs would be 16 GiB."""
+
+    class Slow:
+        name, sha256, max_references, side, blocks = "", "", 28, 64, ()
+        begun, go = threading.Event(), threading.Event()
+
+        def check(self, *_: object) -> None:
+            pass
+
+        def draw(self, wish: Wish, references: list[Reference], seeds: list[int], step: object) -> list[bytes]:
+            self.begun.set()
+            assert self.go.wait(60)
+            return [b"%d %d" % references[0].image.size]
+
+    async def run() -> tuple[int, list[Any]]:
+        app = create_app(Slow(), 9)  # type: ignore[arg-type]
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            asked = {"references": [base64.b64encode(buffer.getvalue()).decode()], "steps": 1}
+            tasks = [asyncio.create_task(client.post("/generate", json=asked)) for _ in range(4)]
+            while (await client.get("/health")).json()["waiting"] != 3:
+                await asyncio.sleep(0.01)
+            while not Slow.begun.is_set():
+                await asyncio.sleep(0.01)
+            held = sum(isinstance(one, Image.Image) and one.size == (77, 78) for one in gc.get_objects())
+            Slow.go.set()
+            return held, [answer.json()["images"][0]["image"] for answer in await asyncio.gather(*tasks)]
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (77, 78)).save(buffer, "PNG")
+    gc.collect()
+    held, images = asyncio.run(run())
+    assert held == 1 and images == [base64.b64encode(b"77 78").decode()] * 4
 
 
 def test_a_public_host_without_a_token_is_refused() -> None:

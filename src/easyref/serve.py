@@ -23,9 +23,10 @@ import time
 import traceback
 import webbrowser
 from base64 import b64decode
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any
@@ -139,8 +140,9 @@ class Queue:
         if len(self.jobs) > self.max_waiting:
             raise Busy(max(1, math.ceil(self.seconds * len(self.jobs))))
 
-    def draw(self, wish: Wish, references: list[Reference], seeds: list[int]) -> AsyncGenerator[Event]:
-        """What happens to a drawing, to its end. Closing this stops it. Busy where too many wait."""
+    def draw(self, wish: Wish, read: Callable[[], list[Reference]], seeds: list[int]) -> AsyncGenerator[Event]:
+        """What happens to a drawing, to its end. Closing this stops it. Busy where too many wait. `read`: the references, when it is
+        their turn: decoded, those of all who wait could fill the memory."""
         self.check_room()
         loop, events, stop = asyncio.get_running_loop(), asyncio.Queue[Event](), threading.Event()
 
@@ -157,7 +159,7 @@ class Queue:
             try:
                 begin = time.monotonic()
                 step(0)
-                drawn = self.artist.draw(wish, references, seeds, step)
+                drawn = self.artist.draw(wish, read(), seeds, step)
                 self.seconds = time.monotonic() - begin
                 tell(images=[GenerateResponse.of(png, seed) for png, seed in zip(drawn, seeds, strict=True)])
             except Stopped:
@@ -349,9 +351,9 @@ def create_app(artist: Artist, max_waiting: int, token: str | None = None, page:
         first = secrets.randbelow(RANDOM_SEEDS) if asked.seed is None else asked.seed
         within("seed", first + asked.num - 1, 0, MAX_SEED)
         here = {digest: kept[digest] for digest in [*asked.references, *(asked.negative_references or [])] if digest in kept}
-        references = await run_in_threadpool(asked.read, here.get)
-        artist.check(wish, references)
-        events = queue.draw(wish, references, list(range(first, first + asked.num)))
+        read = partial(asked.read, here.get)
+        artist.check(wish, await run_in_threadpool(read))
+        events = queue.draw(wish, read, list(range(first, first + asked.num)))
         if LINES in request.headers.get("accept", ""):
             return StreamingResponse((event.model_dump_json(exclude_none=True) + "\n" async for event in events), media_type=LINES)
         try:
