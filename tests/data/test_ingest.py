@@ -249,7 +249,7 @@ def test_an_image_over_the_memory_says_so(tmp_path: Path) -> None:
 
 
 def test_images_are_not_rejected_for_processes_that_cannot_begin(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That none stays alive, as pebble says it, is an error of the stage; one under a smaller limit (ulimit -v) than ours keeps to that."""
+    """That none stays alive, as pebble says it, is an error of the stage; one under a smaller limit (ulimit -v) keeps to that."""
     taken: list[tuple[int, int]] = []
     monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, 2**40))
     monkeypatch.setattr(resource, "setrlimit", lambda _, both: taken.append(both))
