@@ -83,6 +83,9 @@ def from_folder(folder: Path) -> Iterator[Found]:
     inside = os.path.realpath(folder)  # resolve(), is_symlink() and is_file() raise at links in a circle, or where rights are missing
     for place, folders, files in os.walk(folder, onerror=locked.append):
         folders.sort()
+        for path in (Path(place, name) for name in folders if os.path.islink(Path(place, name))):
+            name = path.relative_to(folder).as_posix()
+            yield Found(name, str(path), refused=("member", "a link to a folder, which is not followed; copy the folder"))
         for path in (Path(place, name) for name in sorted(files) if _is_image(name)):
             name = path.relative_to(folder).as_posix()
             if os.path.islink(path) and not Path(os.path.realpath(path)).is_relative_to(inside):

@@ -16,6 +16,7 @@ import polars as pl
 from easyref.config import Split
 from easyref.data.captions import SHARED, caption
 from easyref.data.shards import ImageStore
+from easyref.progress import track
 from easyref.records import GROUP_COLUMNS, SAMPLE_COLUMNS
 
 CANDIDATES = 2**14  # pairs at once
@@ -24,7 +25,10 @@ SAMPLES = dict.fromkeys(SAMPLE_COLUMNS, pl.String) | {"references": pl.List(pl.S
 
 def thumbnails(store: ImageStore, sha256s: list[str]) -> np.ndarray:
     """16×16 RGB thumbnails, uint8 [N, 16, 16, 3]."""
-    return np.stack([np.asarray(store.image(s).resize((16, 16))) for s in sha256s])
+    found = np.empty((len(sha256s), 16, 16, 3), np.uint8)
+    for i, sha256 in enumerate(track(sha256s, "thumbnails", len(sha256s))):
+        found[i] = np.asarray(store.image(sha256).resize((16, 16)))
+    return found
 
 
 def near_pairs(images: np.ndarray, distance: float) -> list[tuple[int, int]]:
