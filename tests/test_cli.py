@@ -59,6 +59,12 @@ def test_a_full_disk_is_one_line_and_leaves_what_was(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["params.yaml", "presets"]
 
 
+def test_what_the_system_refuses_is_said_without_its_number(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    result = run("preset", "nano", "--params", str(tmp_path / "out" / "params.yaml"))
+    assert result.returncode == 2 and result.stderr == f"easyref: {tmp_path / 'out'}: file exists\n"
+
+
 def test_truncated_image_is_an_image_error(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     Image.effect_noise((64, 64), 50).save(path)

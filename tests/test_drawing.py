@@ -14,7 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from typer.testing import CliRunner
 
-from easyref.cli import app
+from easyref.cli import _draw, app
 from easyref.data.shards import ImageStore
 from easyref.drawing import PNG_KEY, Artist, Reference, Settings, Wish, _file, parse_scale
 from easyref.images import ImageError
@@ -91,6 +91,14 @@ def test_what_is_drawn_is_kept_when_a_later_batch_fails(
     with pytest.raises(InterruptedError):
         generate("--ref", str(references[0]), "--steps", "1", "--num", "9", "--out", str(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{seed}.png" for seed in range(8)]
+
+
+def test_a_folder_that_cannot_be_is_told_before_the_drawing(artist: Artist, references: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    refused = Wish(prompt="cat " * 300)  # by the drawing
+    for out, error in ((tmp_path / "out", FileExistsError), (tmp_path / "other", ValueError)):
+        with pytest.raises(error, match="File exists" if error is FileExistsError else "prompt"):
+            _draw(artist, refused, [Reference.read(references[0])], [[0]], [0], out)
 
 
 def test_generate_from_a_picture_draws_the_same_bits(tmp_path: Path, references: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:

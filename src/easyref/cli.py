@@ -366,6 +366,7 @@ def _draw(artist: Artist, wish: Wish, references: list[Reference], batches: list
     from easyref.progress import track
     from easyref.records import write_bytes
 
+    out.mkdir(parents=True, exist_ok=True)  # what cannot be is told before the drawing
     for batch in track(batches, "generate", len(batches), "batches"):
         for seed, png in zip(batch, artist.draw(wish, references, batch), strict=True):
             if seed in seeds:
@@ -744,7 +745,10 @@ def main() -> None:
             raise
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         fix = "; make room and give the command again: what is finished is kept" if full else ""
-        print(f"easyref: {(str(error).splitlines() or [type(error).__name__])[0]}{fix}", file=sys.stderr)
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, OSError) and error.strerror and error.filename:  # the system's: [Errno 17] File exists: 'out'
+            said = f"{error.filename2 or error.filename}: {error.strerror.lower()}"
+        print(f"easyref: {said}{fix}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("easyref: stopped; the same command goes on where it was", file=sys.stderr)
