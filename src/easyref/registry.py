@@ -78,10 +78,10 @@ def check_bundle(folder: Path) -> None:
 def register(project: Path, flow_run: str = "") -> str:
     """Register the finetuned model as a new version of `easyref`, with its evaluation and lineage. Returns the version.
     `flow_run`: id of the Prefect run that made it."""
+    result = read_json(project / "metrics" / "evaluate.json")
     client = connect(project)
     import mlflow
 
-    result = read_json(project / "metrics" / "evaluate.json")
     with tempfile.TemporaryDirectory() as temporary, mlflow.start_run(run_name="register") as run:
         bundle = Path(temporary) / "bundle"
         bundle.mkdir()

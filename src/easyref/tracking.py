@@ -23,21 +23,28 @@ MODEL = "easyref"  # the experiment, and the registered model
 
 
 def connect(project: Path) -> Any:
-    """An MlflowClient of the server in MLFLOW_TRACKING_URI, else of `project`/mlflow.db and `project`/mlruns. ConnectionError in one
-    line where the server does not answer."""
+    """An MlflowClient of the server in MLFLOW_TRACKING_URI, else of `project`/mlflow.db and `project`/mlruns.
+
+    Raises:
+        OSError: no server that answers, no project.
+    """
+    server = os.environ.get("MLFLOW_TRACKING_URI")
+    if not server and not (project / "params.yaml").exists():  # MLflow would make an empty database there
+        raise FileNotFoundError(f"{project.resolve()}: no project with a registry; run in its folder, or set MLFLOW_TRACKING_URI")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{project.resolve()}/mlflow.db"
+    uri = server or f"sqlite:///{project.resolve()}/mlflow.db"
     mlflow.set_tracking_uri(uri)
     client = mlflow.MlflowClient()
     try:
         experiment = client.get_experiment_by_name(MODEL)
     except MlflowException as error:
         why = str(error).splitlines()[0].replace(uri.rstrip("/"), "")  # which may hold a password
-        raise ConnectionError(f"the MLflow server in MLFLOW_TRACKING_URI does not answer, is it up? {why}") from error
+        fix = "start it (`make up`), or name another"
+        raise ConnectionError(f"the MLflow server in MLFLOW_TRACKING_URI does not answer; {fix}: {why}") from error
     if experiment is None:
         place = (project.resolve() / "mlruns").as_uri() if uri.startswith("sqlite") else None
         client.create_experiment(MODEL, artifact_location=place)

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from easyref.evaluation.summary import summary
 from easyref.records import write_json
 
@@ -22,3 +24,8 @@ def test_other_methods_are_shown_beside_the_weights_they_were_drawn_with(tmp_pat
     write_json(tmp_path / "metrics" / "mrbench.json", figures("easyref", "new"))
     assert "| lora |" in summary(tmp_path) and "reports/evaluation.html" in summary(tmp_path)
     assert "over none +0.200 [+0.100, +0.300]" in summary(tmp_path)
+
+
+def test_without_an_evaluation_it_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="evaluate.json: no such file; run the stage that writes it"):
+        summary(tmp_path)
