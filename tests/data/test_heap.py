@@ -13,6 +13,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from easyref.cli import app
+from easyref.config import load_params
+from easyref.data.group import group_stage
 from easyref.records import read_json, read_table
 from tests.processes import exit_code, start
 
@@ -71,6 +73,13 @@ def test_pictures_of_one_thing_become_a_group_a_split_and_a_page(project: Path) 
     assert len(samples) and all(prompt == captions[target] for target, prompt in samples.select("target", "prompt").iter_rows())
     page = (project / "reports" / "data.html").read_text()
     assert f"{sum(VIEWS)} images in 1 shard, " in page and "Least alike" in page and "http" not in page
+
+
+def test_labels_that_a_heap_has_not_are_told_with_those_it_may_have(project: Path, tmp_path: Path) -> None:
+    params = load_params(project / "params.yaml")
+    params = params.model_copy(update={"group": params.group.model_copy(update={"by": "labels"})})
+    with pytest.raises(ValueError, match=r"no groups of labels; set group.kinds to \[given\] for images of your own"):
+        group_stage(params, project / "data", tmp_path / "group.json", tmp_path / "work")
 
 
 def halted(folder: Path, stage: str, writes: int) -> None:

@@ -41,7 +41,11 @@ def group_stage(params: Params, data: Path, metrics: Path, work: Path, engine: E
     scores = score(learned, labelled, spaces, params.seed)
     table = labelled.with_columns(cohesion=pl.lit(None, pl.Float64)) if p.by == "labels" else learned
     if not len(table):
-        raise ValueError(f"{data}: no groups of {p.by}; lower group.min_members or the thresholds, or set group.by to the other")
+        fix = {
+            "labels": f"set group.kinds to [given] for images of your own (it is {p.kinds}), or lower group.min_members",
+            "embeddings": "lower the thresholds or min_members in group.likeness, or set group.by: labels",
+        }[p.by]
+        raise ValueError(f"{data}: no groups of {p.by}; {fix}")
     faces = face_boxes(data)
     with atomic_folder(data / "groups") as folder:
         write_table(folder / "groups.parquet", table)
