@@ -29,6 +29,7 @@ def wide_png(path: Path) -> Path:
     ("make", "message"),
     [
         (lambda p: p / "none.png", "no such file"),
+        (lambda p: p, "a folder; name the image files in it"),
         (lambda p: (p / "text.png", (p / "text.png").write_text("hello"))[0], "not an image"),
         (lambda p: wide_png(p / "wide.png"), "60000x10 pixels is over the cap"),
     ],

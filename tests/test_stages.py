@@ -140,6 +140,13 @@ def test_pretraining_trains_lora_where_it_has_a_rank(place: Path) -> None:
     assert "lora" not in stages.parts("pretrain", p.model_copy(update={"freeze": ["lora"]}))
 
 
+def test_a_stage_without_the_one_before_says_which_to_run(place: Path, tmp_path: Path) -> None:
+    params = load_params(place / "params.yaml")
+    with pytest.raises(FileNotFoundError, match="models/finetune_single: no checkpoint.*; run `easyref finetune_single` first"):
+        stages.run_stage(params, "finetune_multi", Path("data"), Path("models"), tmp_path, tmp_path, tmp_path, "finetune_single")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_stage_without_the_faces_it_needs_says_so_before_the_warm_start(place: Path, tmp_path: Path, capsys) -> None:
     values = yaml.safe_load((place / "params.yaml").read_text())
     values["pretrain"]["face_share"] = 0.5

@@ -155,6 +155,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _read(path: Path, limits: Limits) -> bytes:
+    if path.is_dir():
+        raise ImageError(f"{path}: a folder; name the image files in it", "missing")
     if not path.is_file():
         raise ImageError(f"{path}: no such file; check the path", "missing")
     if path.stat().st_size > limits.max_bytes:

@@ -138,7 +138,7 @@ def load() -> Any:
     try:
         trt = import_module("tensorrt")
     except ImportError as error:
-        raise EngineError(f"TensorRT cannot be imported ({error}); pip install tensorrt-cu13, or --provider cpu") from error
+        raise EngineError(f"TensorRT cannot be imported ({error}); pip install tensorrt-cu13; {FIX}") from error
     if reason := driver():
         raise EngineError(f"TensorRT {trt.__version__} is there, but {reason}; {FIX}")
     if not torch.cuda.is_available():

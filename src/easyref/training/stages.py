@@ -114,6 +114,9 @@ def run_stage(
     that the next call trains again. `allow`: values that may differ from those a state was saved under."""
     p = getattr(params, name)
     trains = parts(name, p)
+    if starts_from and not (models_folder / starts_from / weights.WEIGHTS).exists():  # before the imports and models that take a minute
+        before = models_folder / starts_from
+        raise FileNotFoundError(f"{before}: no checkpoint, from which {name} starts; run `easyref {starts_from}` first, or `dvc pull`")
     hardware = use_threads(params.threads)
     models, checkpoint = start_models(params, name, models_folder, models_folder / starts_from if starts_from else None)
     engine = Engine(models.accelerator)
