@@ -26,6 +26,8 @@ def test_presets_are_complete(path: Path) -> None:
         (lambda d: d["pretrain"].update(learningrate=1), "pretrain.learningrate = 1: unknown key; did you mean 'learning_rate'"),
         (lambda d: d["split"].update(held_out_groups="many"), "split.held_out_groups = 'many'"),
         (lambda d: d.pop("group"), "group: missing; add it"),
+        (lambda d: d.update(grup=d.pop("group")), "params.yaml: grup: unknown key; did you mean 'group'?"),
+        (lambda d: d["align"].update(yaml.safe_load("learning_rate: 2E-3")), "valid number; to YAML this is text, write 2.0e-3"),
         (lambda d: d["pretrain"].update(microbatch=5), "microbatch 5 does not divide batch 32"),
         (lambda d: d["finetune_multi"].update(max_references=99), "finetune_multi.max_references 99 is over"),
         (lambda d: d["mrbench"].update(counts=[1, 64]), "mrbench.counts 64 is over reference.max_references 32"),
@@ -54,3 +56,9 @@ def test_mistakes_name_key_value_and_fix(change, message: str) -> None:
         parse_params(values, "params.yaml")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_no_utf8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_bytes("ingest: {path: Gemälde}".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"params.yaml: not UTF-8 from byte 18 on; save it as UTF-8$"):
+        load_params(tmp_path / "params.yaml")

@@ -7,6 +7,7 @@ Work is counted in images, never in steps, so batch size and the number of proce
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -468,7 +469,9 @@ def load_params(path: str | Path = "params.yaml") -> Params:
     if not path.is_file():
         raise ConfigError(f"{path}: no such parameter file; run in the project folder, or `easyref preset nano`")
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 from byte {error.start} on; save it as UTF-8") from error
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         raise ConfigError(f"{path}: not valid YAML{f' at line {where.line + 1}' if where else ''}; fix the indentation") from error
@@ -488,15 +491,17 @@ def _one_line(error: ValidationError, values: dict[str, Any]) -> str:
     first = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")[0]
     key = ".".join(str(part) for part in first["loc"]) or "parameters"
     value = first["input"]
+    shown = f" = {value!r}" if not isinstance(value, dict) else ""
     if first["type"] == "extra_forbidden":
         known = _known_keys(first["loc"][:-1])
         close = difflib.get_close_matches(str(first["loc"][-1]), known, 1, 0.5)
         fix = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
-        return f"{key} = {value!r}: unknown key; {fix}"
+        return f"{key}{shown}: unknown key; {fix}"
     if first["type"] == "missing":
         return f"{key}: missing; add it (presets/nano.yaml shows every key)"
     message = first["msg"].removeprefix("Value error, ")
-    shown = f" = {value!r}" if not isinstance(value, dict) else ""
+    if first["type"] == "float_type" and isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value, re.I):
+        message += f"; to YAML this is text, write {value.lower().replace('e', '.0e')}"
     return f"{key}{shown}: {message[0].lower()}{message[1:]}"
 
 
