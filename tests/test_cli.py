@@ -66,6 +66,13 @@ def test_what_the_system_refuses_is_said_without_its_number(tmp_path: Path) -> N
     assert result.returncode == 2 and result.stderr == f"easyref: {tmp_path / 'out'}: file exists\n"
 
 
+@pytest.mark.parametrize(("error", "line"), [("RuntimeError('\\n  why\\n  where')", "why"), ("ValueError()", "ValueError")])
+def test_an_error_of_a_library_is_its_first_line_with_words(error: str, line: str) -> None:
+    code = f"def app(): raise {error}\nfrom easyref import cli\ncli.app = app\ncli.main()"
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, f"easyref: {line}\n")
+
+
 def test_truncated_image_is_an_image_error(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     Image.effect_noise((64, 64), 50).save(path)

@@ -745,7 +745,7 @@ def main() -> None:
             raise
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         fix = "; make room and give the command again: what is finished is kept" if full else ""
-        said = (str(error).splitlines() or [type(error).__name__])[0]
+        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
         if isinstance(error, OSError) and error.strerror and error.filename:  # the system's: [Errno 17] File exists: 'out'
             said = f"{error.filename2 or error.filename}: {error.strerror.lower()}"
         print(f"easyref: {said}{fix}", file=sys.stderr)
