@@ -110,6 +110,7 @@ FAULTS: dict[str, tuple[bytes, Reason | None]] = {
     "metadata.png": (with_text(20_000), "metadata"),
     "text_bomb.png": (with_text(80 * 2**20), "metadata"),
     "svg.png": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "format"),
+    "drawing.svg": (b"<svg/>", "format"),
     "pickle.png": (b"\x80\x04\x95\x0b\x00\x00\x00\x00\x00\x00\x00\x8c\x07builtin\x94.", "format"),
     "zero_size.png": (png_header(0, 0), "format"),
     "telephone.HEIC": (b"\0\0\0\x18ftypheic" + bytes(100), "format"),
@@ -279,7 +280,9 @@ def test_too_many_rejects_stop_the_stage_and_lose_nothing(tmp_path: Path) -> Non
     for number in range(100):
         (folder / f"{number:03d}.png").write_bytes(encoded(picture(number)) if number % 2 else b"no image")
     out, work = tmp_path / "images", tmp_path / "work"
-    with pytest.raises(ValueError, match=r"50 of 100 images are not usable \(50 format\); see .*rejects.parquet, or raise") as error:
+    with pytest.raises(
+        ValueError, match=r"50 of 100 images are not usable \(50 format\); 000.png: not an image .*; see .*, or raise"
+    ) as error:
         ingest.ingest(settings("folder", folder), out, work)
     assert "\n" not in str(error.value) and not out.exists() and len(read_table(work / "rejects.parquet")) == 50
     times = {path: path.stat().st_mtime_ns for path in work.glob("[0-9]*/*")}
@@ -336,6 +339,13 @@ def link(name: str, kind: bytes, target: str) -> tarfile.TarInfo:
     info = tarfile.TarInfo(name)
     info.type, info.linkname = kind, target
     return info
+
+
+def test_a_path_may_start_at_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "heap").mkdir()
+    (tmp_path / "heap" / "a.png").write_bytes(GOOD)
+    assert ingest.ingest(settings("folder", Path("~/heap")), tmp_path / "images", tmp_path / "work") == {"images": 1}
 
 
 def test_tars_give_captions_and_refuse_what_leaves_them(tmp_path: Path) -> None:

@@ -42,7 +42,8 @@ def group_stage(params: Params, data: Path, metrics: Path, work: Path, engine: E
     table = labelled.with_columns(cohesion=pl.lit(None, pl.Float64)) if p.by == "labels" else learned
     if not len(table):
         fix = {
-            "labels": f"set group.kinds to [given] for images of your own (it is {p.kinds}), or lower group.min_members",
+            "labels": "images of your own have only what their source says, group.kinds: [given], of group.min_members images or more; "
+            "or set group.by: embeddings",
             "embeddings": "lower the thresholds or min_members in group.likeness, or set group.by: labels",
         }[p.by]
         raise ValueError(f"{data}: no groups of {p.by}; {fix}")

@@ -96,7 +96,7 @@ LABELS = ("concept", "subject", "gender", "tone", "style", "category", "colors")
 
 
 def _ingest_heap(p: Ingest, out: Path, work: Path) -> dict[str, int]:
-    place = Path(str(p.path))
+    place = Path(str(p.path)).expanduser()
     if not place.exists():
         raise ValueError(f"{place}: no such {p.source}; set ingest.path")
     seen = _Seen(p.limits.near_duplicate_distance)
@@ -118,7 +118,8 @@ def _ingest_heap(p: Ingest, out: Path, work: Path) -> dict[str, int]:
             write_table(work / "rejects.parquet", rejects)
         why = ", ".join(f"{n} {reason}" for reason, n in (faults or reasons).most_common(3)) or "nothing was found"
         fix = f"see {work / 'rejects.parquet'}, or raise ingest.limits.max_reject_share" if len(rejects) else "set ingest.path"
-        raise ValueError(f"{place}: {bad} of {total} images are not usable ({why}); {fix}")
+        first = rejects.filter(pl.col("reason").is_in(list(faults)))["detail"].to_list()[:1] if len(rejects) else []
+        raise ValueError("; ".join([f"{place}: {bad} of {total} images are not usable ({why})", *first, fix]))
     with atomic_folder(out) as folder:
         for part in parts:
             for shard in part.glob("*.tar"):

@@ -23,7 +23,7 @@ from easyref.images import ImageError, Reason
 
 SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff",
-    ".heic", ".heif", ".avif", ".jxl",  # of no format that is read, but not passed over without a word
+    ".heic", ".heif", ".avif", ".jxl", ".svg",  # of no format that is read, but not passed over without a word
 )  # fmt: skip
 NOTES = "._"  # begins what macOS writes beside a file, under the file's own suffix
 MAX_SIDECAR = 2**20  # bytes of a caption or JSON beside an image
