@@ -46,7 +46,7 @@ def test_missing_reference_option_and_missing_checkpoint(tmp_path: Path) -> None
     assert run("generate", "--prompt", "a cat").returncode != 0
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     result = run("generate", "--ref", str(tmp_path / "a.png"), "--model", str(tmp_path / "nothing"))
-    assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1
+    assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1 and "--model models/pretrain" in result.stderr
 
 
 def test_a_full_disk_is_one_line_and_leaves_what_was(tmp_path: Path) -> None:

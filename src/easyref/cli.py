@@ -335,7 +335,7 @@ def _checkpoint(model: str) -> tuple[Path, Path, str]:
     if (folder / "checkpoint").is_dir():  # a bundle of the registry
         folder /= "checkpoint"
     if not folder.is_dir():  # before the imports that take seconds
-        raise FileNotFoundError(f"{folder}: no such checkpoint; `make run` trains one, or name another with --model")
+        raise FileNotFoundError(f"{folder}: no such checkpoint; `make run` trains one; or --model models/pretrain, of `dvc pull`")
     return folder, attached, name
 
 
@@ -388,17 +388,17 @@ def generate(
     prompt: Annotated[str, typer.Option(help="What to draw.")] = "",
     negative_prompt: Annotated[str, typer.Option(help="What to avoid.")] = "",
     model: Model = MODEL,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the noise: another seed, another image.")] = 0,
     num: Annotated[int, typer.Option(min=1, max=64, help="Images to make, with seeds seed, seed+1 …")] = 1,
-    steps: Annotated[int, typer.Option(min=1, max=1000)] = 30,
-    guidance: Annotated[float, typer.Option(min=1.0, max=50.0)] = 3.0,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Of the denoising.")] = 30,
+    guidance: Annotated[float, typer.Option(min=1.0, max=50.0, help="Classifier-free guidance; 1: none.")] = 3.0,
     scale: Annotated[str, typer.Option(help="Strength of the references; or by block: down_blocks=0.5,up_blocks.0=1.5.")] = "1.0",
     negative_ref: Annotated[list[Path] | None, typer.Option(help="An image to lead away from; repeat for more.")] = None,
     window: Annotated[tuple[float, float], typer.Option(help="The share of the steps in which references count: 0 0.6.")] = (0.0, 1.0),
     width: Annotated[int | None, typer.Option(help="Pixels; default: the model's.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; default: the model's.")] = None,
     origin: Annotated[Path | None, typer.Option("--from", help="Draw this PNG of easyref's again; other options change it.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("out"),
+    out: Annotated[Path, typer.Option(help="Folder for the images, SEED.png; those of that name are replaced.")] = Path("out"),
     backend: Annotated[Backend, typer.Option(help="What draws.")] = "torch",
     graphs: Annotated[Path | None, typer.Option(help="Exported graphs; default: those of the pulled model, else out/onnx.")] = None,
     engines: Annotated[Path, typer.Option(help="Engines of `easyref trt build`.")] = ENGINES,
@@ -675,7 +675,7 @@ def pull(
 
 
 @app.command()
-def promote(version: str) -> None:
+def promote(version: Annotated[str, typer.Argument(help="Its number, as `easyref release` printed it.")]) -> None:
     """Make a version the champion."""
     from easyref.registry import promote as run
 
@@ -717,8 +717,8 @@ def plan(
 
 
 @app.command()
-def preset(name: str, params: ParamsFile = PARAMS) -> None:
-    """Put a preset in force: copy presets/NAME.yaml to params.yaml."""
+def preset(name: Annotated[str, typer.Argument(help="A file of presets/.")], params: ParamsFile = PARAMS) -> None:
+    """Put a preset in force: copy presets/NAME.yaml to params.yaml, over what is there."""
     from easyref.config import load_params
     from easyref.records import write_bytes
 
