@@ -1,5 +1,6 @@
 """The shipped base and alignment weights make pictures through the public pipeline; requests do not influence each other."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,15 @@ def test_base_models_that_were_fetched_are_not_fetched_again(tmp_path: Path) -> 
     assert _base_place("org/sdxl", "other", tmp_path) == "org/sdxl"
     with pytest.raises(FileNotFoundError, match="dvc pull base"):
         _base_place("base/diffusion", None, tmp_path)
+
+
+def test_base_models_are_beside_a_checkpoint_that_is_the_folder_one_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    for file in CHECKPOINT.iterdir():
+        (tmp_path / "checkpoint" / file.name).symlink_to(file.resolve())
+    monkeypatch.chdir(tmp_path / "checkpoint")
+    with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path}/base/diffusion: base model missing")):
+        EasyRef.base_pipeline(".")
 
 
 def test_too_long_prompt_names_the_limit(easyref: EasyRef) -> None:

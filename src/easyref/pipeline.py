@@ -83,7 +83,7 @@ class EasyRef:
         """
         folder = Path(folder)
         config = weights.read_config(folder)
-        beside = Path(base) if base else folder.parent
+        beside = _beside(folder, base)
         mllm = _base_place(config.mllm_id, config.mllm_revision, beside)
         if engines:
             engines.check(folder)
@@ -112,7 +112,7 @@ class EasyRef:
 
         folder = Path(folder)
         config = weights.read_config(folder)
-        place = _base_place(config.base_id, config.base_revision, Path(base) if base else folder.parent)
+        place = _base_place(config.base_id, config.base_revision, _beside(folder, base))
         pipe = StableDiffusionXLPipeline.from_pretrained(place, revision=config.base_revision, torch_dtype=dtype, add_watermarker=False)
         pipe.set_progress_bar_config(disable=True)
         return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -124,7 +124,7 @@ class EasyRef:
 
         folder = Path(folder)
         config = weights.read_config(folder)
-        place = _base_place(config.mllm_id, config.mllm_revision, Path(base) if base else folder.parent)
+        place = _base_place(config.mllm_id, config.mllm_revision, _beside(folder, base))
         revision: Any = config.mllm_revision
         mllm = Qwen2VLForConditionalGeneration.from_pretrained(place, revision=revision, dtype=dtype)
         encoder = ReferenceEncoder(mllm, config.reference, torch_rng("attach")).to(pipe.device).eval().requires_grad_(False)
@@ -338,6 +338,11 @@ def _digests(folder: Path, mllm: str, has_mllm: bool) -> list[str]:
     return [mllm if not local else "", *(sha256_file(path) for path in (folder / weights.CONFIG, folder / weights.WEIGHTS, *local))]
 
 
+def _beside(folder: Path, base: str | Path | None) -> Path:
+    """Where a checkpoint's base models are."""
+    return Path(base) if base else folder.absolute().parent
+
+
 def _base_place(model_id: str, revision: str | None, folder: Path) -> str:
     """A base model trained here lies at `folder`/id, one that the stage `base` fetched from the hub in `folder`/base; anything else is
     a hub id or a path."""
@@ -348,5 +353,5 @@ def _base_place(model_id: str, revision: str | None, folder: Path) -> str:
         if theirs == [model_id, revision]:
             return str(fetched.parent / name)
     if model_id.startswith("base/"):
-        raise FileNotFoundError(f"{local}: base model missing; get it with `dvc pull base`, or name its folder with --base")
+        raise FileNotFoundError(f"{local}: base model missing beside the checkpoint; get it with `dvc pull base`")
     return model_id
