@@ -155,7 +155,7 @@ def test_a_number_of_references_that_cannot_be_drawn_leaves_its_samples_out_ever
     again = run(emoji, out, too_many)[0]
     counts = again.result["counts"]
     assert {e["fidelity"]["samples"] for e in counts.values()} == {4} if broken == "some" else counts is None
-    html = write_report(again, emoji.load, tmp_path / "evaluation.html", {}).read_text()
+    html = write_report(again, emoji.load, tmp_path / "evaluation.html", {}, False).read_text()
     assert ("How many references?" in html) == (broken == "some")
 
 
@@ -183,7 +183,7 @@ def test_a_run_that_was_cut_off_draws_only_what_is_missing_and_says_the_same(fou
 
 def test_the_report_is_one_file_that_says_the_numbers(found: Evaluated, emoji: Emoji, tmp_path: Path) -> None:
     about = {"command": "dvc repro <mrbench>"}
-    html = write_report(found, emoji.load, tmp_path / "evaluation.html", about).read_text()
+    html = write_report(found, emoji.load, tmp_path / "evaluation.html", about, emoji=True).read_text()
     assert not re.search(r"<script|https?://|<link|@import|url\(", html)
     assert len(re.findall(r'src="data:image/png;base64,', html)) == html.count("<img") == 4  # the grid, two splits, counts
     assert "repro &lt;mrbench&gt;" in html and "<mrbench>" not in html
@@ -192,6 +192,8 @@ def test_the_report_is_one_file_that_says_the_numbers(found: Evaluated, emoji: E
     gap = entry["easyref_minus_shuffled"]
     assert f"Fidelity to the target with EasyRef {entry['easyref']:.3f}, Shuffled {entry['shuffled']:.3f}" in text
     assert f"{gap['mean']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]" in text
+    own = write_report(found, emoji.load, tmp_path / "own.html", about, emoji=False).read_text()
+    assert "Noto Emoji" in html and "Noto Emoji" not in own and "are emoji" not in own, "whoever has other images has other licences"
     assert "KID" in text and "CLIP-T" in text and "Nothing here is a claim about photographs" in text
     rows = chosen_rows(found, emoji.load)
     fidelity = dict(zip(found.cases["held_out"], found.scores["held_out"]["fidelity"]["easyref"], strict=True))

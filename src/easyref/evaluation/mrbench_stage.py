@@ -51,7 +51,8 @@ def mrbench_stage(params: Params, data: Path, models: Path, out: Path, work: Pat
     )  # fmt: skip
     write_table(work / "scores.parquet", found.table())
     write_json(out / "metrics" / "mrbench.json", found.result)
-    write_report(found, place.store.image, out / "reports" / "evaluation.html", about(place, painters))
+    emoji = params.ingest.source == "emoji"
+    write_report(found, place.store.image, out / "reports" / "evaluation.html", about(place, painters), emoji)
     print(summary(out))
 
 

@@ -21,7 +21,7 @@ _SPLIT = """
 <h2>{{ split_title[s] }}</h2>
 {% set f = result[s].fidelity %}
 <ul class="head">{% for m in others if m != 'copy' %}{% set g = f['easyref_minus_' + m] %}
-<li><span class="tag {{ g | verdict }}">{{ (g | verdict) or 'no difference' }}</span>
+<li><span class="tag {{ g | verdict }}">{{ (g | verdict) or 'undecided' }}</span>
 Fidelity to the target with EasyRef {{ f.easyref | num }}, <b>{{ methods[m][0] }}</b> {{ f[m] | num }}:
 difference {{ g | gap }}.</li>{% endfor %}</ul>
 <figure><img alt="Means and intervals of all methods, a panel for each metric" src="{{ plots[s] }}">
@@ -88,7 +88,8 @@ the real images of its group {{ result.diversity.real | gap }}.</p>{% endif %}
 
 _LIMITS = """
 <h2>What these numbers can and cannot show</h2>
-<p>The images of the preset nano are emoji, designed artwork of 64 × 64 pixels. Nothing here is a claim about photographs or faces.</p>
+{% if emoji %}<p>The images of the preset nano are emoji, designed artwork of 64 × 64 pixels. Nothing here is a claim about
+photographs or faces.</p>{% endif %}
 {% set t = result.extractor_trust %}
 <p>The measuring models are small. On {{ t.images }} real images that they never saw ({{ t.split | replace('_', '-') }})
 they reach: {% if t.style %}style {{ t.style.accuracy | pct }} (chance {{ t.style.chance | pct }}), {% endif %}
@@ -122,8 +123,8 @@ as the right concept. Read that number beside the copying table.</p>
 <h2>Made with</h2>
 <table><tbody>{% for name, value in about.items() %}
 <tr><td>{{ name }}</td><td class="words"><code>{{ value }}</code></td></tr>{% endfor %}</tbody></table>
-<p class="soft">Artwork: Noto Emoji (Apache-2.0), Twemoji (CC BY 4.0), Fluent Emoji (MIT), EmojiOne 2 (CC BY 4.0).</p>
-"""
+{% if emoji %}<p class="soft">Artwork: Noto Emoji (Apache-2.0), Twemoji (CC BY 4.0), Fluent Emoji (MIT), EmojiOne 2 (CC BY 4.0).</p>
+{% endif %}"""
 
 _STYLE = """
 td small { display: block; color: #8a929c; font-size: 11px }

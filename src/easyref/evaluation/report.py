@@ -69,8 +69,8 @@ DRAWN = tuple(name for name in METHOD if name not in ("copy", "ceiling"))
 ROWS = 5  # of each rule of the grid
 
 
-def write_report(found: Evaluated, load: Load, path: str | Path, about: dict[str, str]) -> Path:
-    """Write the HTML report of `mrbench`. `about`: what it was made with, by name."""
+def write_report(found: Evaluated, load: Load, path: str | Path, about: dict[str, str], emoji: bool) -> Path:
+    """Write the HTML report of `mrbench`. `about`: what it was made with, by name. `emoji`: the images are those that come inside."""
     result = found.result
     splits = [s for s in SPLIT if defined(result[s])]
     shown = {s: defined(result[s]) for s in splits}
@@ -100,6 +100,7 @@ def write_report(found: Evaluated, load: Load, path: str | Path, about: dict[str
         meaning=MEANING,
         paper=PAPER,
         about=about,
+        emoji=emoji,
     )
     write_bytes(path, html)
     return Path(path)
