@@ -57,9 +57,10 @@ def trained(p: Optimisation, state: Path, *watchers: Watcher) -> dict[str, torch
     return {name: parameter.detach() for name, parameter in run.parameters.items()}
 
 
-def stopped(p: Optimisation, state: Path, at: int) -> None:
+def stopped(p: Optimisation, state: Path, at: int, *watchers: Watcher) -> None:
     """`task`, interrupted before image `at`."""
     stopping = task()
+    stopping.watchers = watchers
     loss = stopping.loss
 
     def stop(numbers: Sequence[int]) -> torch.Tensor:
@@ -268,6 +269,22 @@ def test_a_state_that_was_saved_or_loaded_is_let_go(tmp_path: Path, monkeypatch:
         run, p = task(), Optimisation(**PARAMS | {"images": images, "cooldown_images": 0, "save_images": 8})
         run.watchers = [Looks()]
         train(run, p, tmp_path / "state.safetensors", Copies(), allow=["images"])
+
+
+def test_snapshots_of_what_a_training_does_not_go_on_with_go(tmp_path: Path) -> None:
+    """`easyref ema` would take the last of them for the end of the training."""
+    p = Optimisation(**PARAMS | {"images": 96, "cooldown_images": 0, "save_images": 32})
+    state = tmp_path / "state.safetensors"
+
+    def snapshots() -> Averages:
+        return Averages(tmp_path / "state.ema", 16, CONFIG)
+
+    stopped(p, state, 56, snapshots())
+    assert [int(path.stem) for path in sorted((tmp_path / "state.ema").iterdir())] == [16, 32, 48]
+    run = task()
+    run.watchers = [snapshots()]
+    train(run, p.model_copy(update={"images": 40, "learning_rate": 0.02}), state, allow=["images", "learning_rate"])
+    assert [int(path.stem) for path in sorted((tmp_path / "state.ema").iterdir())] == [16, 32]
 
 
 def test_a_state_is_saved_by_the_first_update_at_or_behind_its_image(tmp_path: Path) -> None:

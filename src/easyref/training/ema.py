@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from easyref.model import weights
 from easyref.model.weights import CheckpointConfig
-from easyref.records import remove_folder
 from easyref.training.engine import Engine
 from easyref.training.state import read_counters, save_state
 from easyref.training.trainer import Watcher
@@ -63,7 +62,7 @@ def fit(t_S: np.ndarray, gamma_S: np.ndarray, t: float, gamma: float) -> tuple[n
 
 class Averages(Watcher):
     """Two averages of a training's weights, stored in `folder` every `every` images; 0: none. Snapshots stay until the next training
-    begins, from which one that goes on writes the same again."""
+    begins; one that goes on writes those after its state again."""
 
     def __init__(self, folder: Path, every: int, config: CheckpointConfig) -> None:
         self.folder, self.every, self.config = folder, every, config
@@ -82,8 +81,9 @@ class Averages(Watcher):
             torch._foreach_lerp_(average, current, share(exponent(width), seen, batch))
 
     def pause(self, seen: int, engine: Engine) -> None:
-        if not seen and engine.main and self.folder.exists():
-            remove_folder(self.folder)
+        for later in self.folder.glob("*.safetensors") if engine.main else ():
+            if int(later.stem) > seen:  # of a training before, or of this one under values that it does not go on with
+                later.unlink()
         if seen and self.every and seen % self.every == 0:
             about = {"seen": seen, "config": self.config.model_dump(mode="json")}
             gathered = engine.gather(self.kept)
