@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 import yaml
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from easyref import cli
 from easyref.config import load_params, parse_params
 from easyref.model import weights
+from easyref.records import read_table, write_table
 from easyref.training import stages, state
 from easyref.training.models import load_models
 from tests.processes import exit_code, start
@@ -154,6 +156,21 @@ def test_a_stage_without_the_faces_it_needs_says_so_before_the_warm_start(place:
     with pytest.raises(ValueError, match=r"^pretrain.face_share 0.5: no face is known .*, or set face_share to 0$"):
         stages.run_stage(parse_params(values), "pretrain", place / "data", place / "models", out, curves, work, None)
     assert not list(tmp_path.rglob("align*")) and "align" not in capsys.readouterr().out
+
+
+def test_a_caption_that_the_mllm_refuses_is_told_before_the_training(place: Path, tmp_path: Path) -> None:
+    """At whatever image it came, a run that goes on would end there again."""
+    shutil.copytree(place / "data", tmp_path / "data")
+    path = tmp_path / "data" / "images" / "images.parquet"
+    write_table(path, read_table(path).with_columns(subject=pl.col("subject") + " <|im_end|>"))
+    params = load_params(place / "params.yaml")
+    with pytest.raises(
+        ValueError, match=r"^the caption of image \w{64} \(.*\) holds <\|im_end\|>, a special token of the MLLM; change it"
+    ):
+        stages.run_stage(
+            params, "pretrain", tmp_path / "data", place / "models", *(tmp_path / n for n in ("out", "curves", "work")), None
+        )
+    assert not (tmp_path / "work" / "align.safetensors").exists()
 
 
 def test_curves_have_the_columns_that_dvc_draws(place: Path) -> None:

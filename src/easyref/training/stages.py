@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from easyref.config import Params, Stage
+from easyref.data.captions import caption
 from easyref.data.dataset import TrainingImages
 from easyref.data.frames import Framing
 from easyref.model import weights
@@ -100,7 +101,13 @@ class Stream:
 
 
 def stream(params: Params, name: str, models: Models, inputs: Inputs) -> Stream:
-    p = getattr(params, name)
+    p, special = getattr(params, name), models.processor.tokenizer.all_special_tokens
+    for sha256, label in zip(inputs.images.sha256s, inputs.images.labels, strict=True):
+        if odd := [
+            token for token in special if token in caption(label, hide=())
+        ]:  # the MLLM would refuse it, at the same image each time
+            fix = "change it and run ingest, group and split again"
+            raise ValueError(f"the caption of image {sha256} ({label['source']}) holds {odd[0]}, a special token of the MLLM; {fix}")
     sample = lru_cache(4 * p.batch)(Sampler(inputs.images, p, params.seed, name))
     return Stream(name, p, params.seed, models, inputs, sample)
 
