@@ -49,6 +49,14 @@ def test_missing_reference_option_and_missing_checkpoint(tmp_path: Path) -> None
     assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1 and "--model models/pretrain" in result.stderr
 
 
+def test_an_option_of_another_backend_is_told(tmp_path: Path) -> None:
+    result = run("generate", "--provider", "cuda", "--use-cuda-graph", "--backend", "torch", "--out", str(tmp_path / "out"))
+    assert result.stderr.splitlines()[:2] == [
+        "easyref: --provider does nothing with --backend torch, only with onnxruntime",
+        "easyref: --use-cuda-graph does nothing with --backend torch, only with tensorrt",
+    ]
+
+
 def test_a_full_disk_is_one_line_and_leaves_what_was(tmp_path: Path) -> None:
     shutil.copytree("presets", tmp_path / "presets")
     (tmp_path / "params.yaml").write_text("as it was")

@@ -321,6 +321,13 @@ def summary() -> None:
 Model = Annotated[str, typer.Option(help="Checkpoint, pulled model, or models:/easyref@champion.")]
 MODEL = str(MODELS / "finetune_multi")
 Backend = Literal["torch", "onnxruntime", "tensorrt"]
+#: Options that do nothing with other ones.
+OF_BACKENDS = {
+    "graphs": ("onnxruntime", "tensorrt"),
+    "provider": ("onnxruntime",),
+    "engines": ("tensorrt",),
+    "cuda_graph": ("tensorrt",),
+}
 
 
 def _checkpoint(model: str) -> tuple[Path, Path, str]:
@@ -412,14 +419,19 @@ def generate(
         prompt=prompt, negative_prompt=negative_prompt, steps=steps, guidance=guidance, scale=parse_scale(scale), window=window,
         width=width, height=height,
     )  # fmt: skip
-    paths, weights, against, settings, given = ref or [], weight, negative_ref or [], None, set[str]()
+    given = {name for name in ctx.params if (source := ctx.get_parameter_source(name)) and source.name == "COMMANDLINE"}
+    options = {parameter.name: parameter.opts[0] for parameter in ctx.command.params}
+    for name, backends in OF_BACKENDS.items():
+        if name in given and backend not in backends:
+            print(
+                f"easyref: {options[name]} does nothing with --backend {backend}, only with {' and '.join(backends)}", file=sys.stderr
+            )
+    paths, weights, against, settings = ref or [], weight, negative_ref or [], None
     first = seed
     if origin:
         settings = Settings.read(origin)
         if settings is None:
             raise ValueError(f"{origin}: no settings in it; name a PNG that easyref drew")
-        sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
-        given = {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
         wish = Wish(**{name: getattr(wish if name in given else settings, name) for name in Wish.model_fields})
         positive = [used for used in settings.references if not used.negative]
         weights = weight or [used.weight for used in positive]
