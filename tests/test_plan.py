@@ -171,6 +171,10 @@ def test_processes_share_the_images_and_what_trains(processes: int, nano: Params
     several = plan.stage_row(nano, "finetune_single", partial(plan.easyref_models, nano, BASE), processes)
     assert several.sharded == expected + 4 * row.trained, "gradients add up over microbatches"
 
+    nano = parse_params(nano.model_dump() | {"finetune_single": nano.finetune_single.model_dump() | {"optimizer": "adamw8bit"}})
+    eighth = plan.stage_row(nano, "finetune_single", partial(plan.easyref_models, nano, BASE), processes)
+    assert "memory_sharded" not in plan._values(eighth, 1e9), "the trainer refuses shares with moments in 8 bits"
+
 
 def test_meter_counts_what_arithmetic_says() -> None:
     """Two Linear layers n → n on b rows, only one of them trained: 2bn² forward, as much for each gradient that is needed."""

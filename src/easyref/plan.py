@@ -63,7 +63,7 @@ class Row:
     encode: int  # bytes: the most that encoding images to latents holds, before the activations
     flop: float  # of one image
     processes: int = 1  # that share an update
-    sharded: int = 0  # bytes of weights and optimizer on each under FSDP2
+    sharded: int = 0  # bytes of weights and optimizer on each under FSDP2; 0: it is not to be had
 
     @property
     def memory(self) -> int:
@@ -302,11 +302,12 @@ def _row(
     # As the paper's ZeRO-2: a share of all that trains, and for both passes the weights whole, in the precision they run in; gradients,
     # too, that add up over microbatches before they are shared out.
     several = _rounds(p.batch, p.microbatch, processes) > 1
+    takes_shares = processes > 1 and p.optimizer == "adamw"  # trainer.py
     sharded = weights - size + (size + optimizer) // processes + count * DTYPES[precision].itemsize + several * size
     return Row(
         name=name, images=p.images, batch=p.batch, microbatch=p.microbatch, references=references, precision=precision,
         trained=count, frozen=_count(modules) - count, weights=weights, optimizer=optimizer,
-        activations=cost.peak, encode=encode, flop=cost.flop / p.microbatch, processes=processes, sharded=sharded,
+        activations=cost.peak, encode=encode, flop=cost.flop / p.microbatch, processes=processes, sharded=sharded * takes_shares,
     )  # fmt: skip
 
 
@@ -437,7 +438,7 @@ def report(params: Params, folder: Path, tflops: float | None, as_json: bool, pr
 
 
 def _values(r: Row, rate: float) -> dict[str, Any]:
-    more = {"memory_sharded": r.memory_sharded} if r.processes > 1 else {}
+    more = {"memory_sharded": r.memory_sharded} if r.sharded else {}
     return asdict(r) | {"memory": r.memory, "seconds": r.seconds(rate)} | more
 
 
@@ -445,7 +446,7 @@ def _cells(r: Row, rate: float, sharded: bool) -> tuple[str, ...]:
     weights, optimizer, activations, memory = (f"{n / 2**30:.2f} GiB" for n in (r.weights, r.optimizer, r.activations, r.memory))
     star = "*" if r.encode > r.optimizer + r.activations else ""
     counts = (_short(r.images), f"{r.batch}/{r.microbatch}", str(r.references or "-"), _short(r.trained), _short(r.frozen))
-    share = f"{r.memory_sharded / 2**30:.2f} GiB" if r.processes > 1 else "-"  # not all stages train together
+    share = f"{r.memory_sharded / 2**30:.2f} GiB" if r.sharded else "-"  # not all stages train together
     cost = share if sharded else _short(r.flop)
     return (r.name, *counts, weights, optimizer, activations, star + memory, cost, duration(r.seconds(rate)))
 
