@@ -237,7 +237,8 @@ class Validation:
         self.inputs = replace(inputs, images=self.images, frozen_prefix=False)
 
     def __call__(self) -> dict[str, float]:
-        result, most = {}, min(32, encode_batch(self.params.ingest.size))  # the references of a sample are as many as there are
+        side = min(self.images.labels[0][name] for name in ("height", "width"))  # of all, by `ingest`
+        result, most = {}, min(32, encode_batch(side))  # the references of a sample are as many as there are
         for name, samples in self.samples.items():
             losses = []
             for part in microbatches(samples, most, self.inputs.size, by_references=False):
