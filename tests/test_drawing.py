@@ -131,6 +131,16 @@ def test_base64_is_no_path_however_long(tmp_path: Path, monkeypatch: pytest.Monk
     assert _file(base64.b64encode(bytes(600)).decode(), "references[0]") == bytes(600), "a name of a file has 255 bytes at most"
 
 
+def test_of_a_file_elsewhere_it_is_not_even_said_that_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "secret.txt").write_text("there")
+    (tmp_path / "inside" / "link.txt").symlink_to(tmp_path / "secret.txt")
+    monkeypatch.setenv("EASYREF_REFERENCES", str(tmp_path / "inside"))
+    for text in ("../secret.txt", "../nothing.txt", str(tmp_path / "secret.txt"), "link.txt", "a\0b"):
+        with pytest.raises(ValueError, match=r"references\[0\]: not base64 of an image file; paths are taken only below"):
+            _file(text, "references[0]")
+
+
 def test_every_control_changes_the_picture_and_is_drawn_again(
     artist: Artist, tmp_path: Path, references: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

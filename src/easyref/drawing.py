@@ -293,7 +293,7 @@ def _file(text: str, name: str) -> bytes:
     """Bytes of a reference. A path is taken only from the folder in EASYREF_REFERENCES: a server would otherwise open any file of its
     machine for whoever asks."""
     allowed = os.environ.get("EASYREF_REFERENCES")
-    if allowed and len(text) < 4096:
+    if allowed and len(text) < 4096 and "\0" not in text:
         path = (Path(allowed) / text).resolve()
         if path.is_relative_to(Path(allowed).resolve()) and os.path.isfile(path):  # of others, not even whether they are there
             return path.read_bytes()
