@@ -155,6 +155,7 @@ def test_a_number_of_references_that_cannot_be_drawn_leaves_its_samples_out_ever
     again = run(emoji, out, too_many)[0]
     counts = again.result["counts"]
     assert {e["fidelity"]["samples"] for e in counts.values()} == {4} if broken == "some" else counts is None
+    assert again.result["samples"]["failed"] == len(lost) and "out of memory" in again.result["samples"]["failures"][0]
     html = write_report(again, emoji.load, tmp_path / "evaluation.html", {}, False).read_text()
     assert ("How many references?" in html) == (broken == "some")
 

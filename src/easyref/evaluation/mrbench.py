@@ -8,7 +8,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ from easyref.evaluation.evaluate import Comparison, Evaluated, evaluate, summary
 from easyref.evaluation.generations import Case, Images, Load, Method, Painter, make_images
 from easyref.evaluation.judges import Similarity
 
-#: Cases and methods → their images and what failed.
-Draw = Callable[[Sequence[Case], Sequence[Method]], tuple[Images, list[str]]]
+#: Cases and methods → their images.
+Draw = Callable[[Sequence[Case], Sequence[Method]], Images]
 
 COMPARISON = Comparison(
     (
@@ -64,7 +63,13 @@ def mrbench(
     found = evaluate(COMPARISON, samples, images, load, painters, drawing, seed=seed, out=out, embedded=embedded, similarity=similarity)
     names = COMPARISON.names
     found.result["distribution"] = {s: found.judge.distribution(cases, found.images, names) for s, cases in found.cases.items()}
-    draw = partial(make_images, load=load, painters=painters, out=out, batch=drawing.batch)
+
+    def draw(cases: Sequence[Case], methods: Sequence[Method]) -> Images:
+        made, problems = make_images(cases, methods, load, painters, out, drawing.batch)
+        found.result["samples"]["failures"] += problems
+        found.result["samples"]["failed"] += len(problems)
+        return made
+
     found.result["diversity"] = _diversity(found, draw, p, drawing.bootstrap, seed)
     found.result["counts"] = _counts(found, draw, _large_cases(images, groups, p, seed), p, drawing.bootstrap, seed)
     found.result["settings"] |= p.model_dump()
@@ -76,7 +81,7 @@ def _diversity(found: Evaluated, draw: Draw, p: MRBench, resamples: int, seed: i
     images, target and references, too."""
     chosen, methods = found.cases["held_out"][: p.seed_samples], COMPARISON.methods[:2]
     variants = {case: [case, *(replace(case, seed=case.seed + n) for n in range(1, p.seeds))] for case in chosen}
-    made, _ = draw([v for vs in variants.values() for v in vs], methods)
+    made = draw([v for vs in variants.values() for v in vs], methods)
     whole = [case for case, vs in variants.items() if all((v, methods[0].name) in made for v in vs)]
     if not whole:
         return None
@@ -102,7 +107,7 @@ def _counts(found: Evaluated, draw: Draw, cases: list[Case], p: MRBench, resampl
     images: dict[int, Images] = {}  # by count: of the case with all its references, beside which all are judged
     for count in p.counts:
         fewer = {replace(case, right=case.right[:count], captions=case.captions[:count]): case for case in cases}
-        images[count] = {(fewer[case], m): path for (case, m), path in draw(list(fewer), COUNTED.methods)[0].items()}
+        images[count] = {(fewer[case], m): path for (case, m), path in draw(list(fewer), COUNTED.methods).items()}
     done = [case for case in cases if all((case, COUNTED.own) in drawn for drawn in images.values())]
     if not done:
         print("counts: no sample could be drawn with every number of references; left out")
