@@ -39,5 +39,6 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	fi
 	@touch $@
 
-clean: ## what `make run` makes, and the environment
+clean: ## the environment, saved states of trainings, graphs and images in out/; after what `make up` started
+	@if [ -e .work/services.json ]; then python -m flows.services down; fi
 	rm -rf $(VENV) .work out

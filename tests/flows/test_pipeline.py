@@ -191,6 +191,17 @@ def test_up_ends_the_lost_runs_of_its_own_pool_only(monkeypatch: pytest.MonkeyPa
     assert states == {ours: "CRASHED", theirs: "RUNNING"}
 
 
+def test_make_clean_stops_the_services_before_it_forgets_them(tmp_path: Path) -> None:
+    server = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"], start_new_session=True)
+    threading.Thread(target=server.wait).start()
+    (tmp_path / "flows").symlink_to(ROOT / "flows")
+    started = {"prefect": (server.pid, psutil.Process(server.pid).create_time())}
+    write_json(tmp_path / services.STATE, {"started": started, "profile": ""})
+    env = os.environ | {"PYTHONPATH": str(tmp_path), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(["make", "-f", str(ROOT / "Makefile"), "clean"], cwd=tmp_path, env=env, check=True, capture_output=True)
+    assert server.poll() is not None and not (tmp_path / ".work").exists(), done.stdout
+
+
 @pytest.mark.long
 def test_make_run_that_is_stopped_leaves_nothing_running(project: Path, tmp_path: Path) -> None:
     """Neither the stage nor the server that Prefect starts for the one run."""
