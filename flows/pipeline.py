@@ -109,7 +109,7 @@ def write_summary(project: Path, results: dict[str, str], links: dict[str, str])
     """What came out, as artifacts of the flow run: a page with links into MLflow, and the grid."""
     lines = ["| stage | |", "|---|---|", *(f"| {name} | {what} |" for name, what in results.items())]
     path = project / "metrics" / "evaluate.json"
-    if path.exists():
+    if path.exists() and results.keys() & {"evaluate", "release"}:  # else of a model from before
         held_out = read_json(path)["held_out"]
         lines += ["", "| held out | right | shuffled | none |", "|---|---|---|---|"]
         rows = {name: m for name, m in held_out.items() if isinstance(m, dict) and "right" in m}

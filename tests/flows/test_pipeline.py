@@ -22,8 +22,9 @@ from prefect.testing.utilities import prefect_test_harness
 from easyref.records import write_json
 from flows import RELEASED, contents, released, services
 from flows.__main__ import BASELINES, main, up_to_date
-from flows.pipeline import easyref, order, pull_shipped
+from flows.pipeline import easyref, order, pull_shipped, write_summary
 from flows.stages import StageFailed, run_stage
+from tests.flows.serving import evaluation
 
 ROOT = Path(__file__).parents[2]
 #: Waits until it is told to end, and notes that.
@@ -189,6 +190,15 @@ def test_up_ends_the_lost_runs_of_its_own_pool_only(monkeypatch: pytest.MonkeyPa
     services._end_lost_runs()
     states = {run["id"]: run["state"]["type"] for run in post("flow_runs/filter", {"flows": {"id": {"any_": [flow]}}})}
     assert states == {ours: "CRASHED", theirs: "RUNNING"}
+
+
+def test_the_page_of_a_run_has_no_figures_of_a_model_from_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_json(tmp_path / "metrics" / "evaluate.json", evaluation(0.2))
+    pages: list[str] = []
+    monkeypatch.setattr("flows.pipeline.create_markdown_artifact", lambda text, **_: pages.append(text))
+    write_summary(tmp_path, {"pretrain": "ran"}, {})
+    write_summary(tmp_path, {"evaluate": "ran"}, {})
+    assert "0.2000" not in pages[0] and "0.2000" in pages[1]
 
 
 def test_make_clean_stops_the_services_before_it_forgets_them(tmp_path: Path) -> None:
