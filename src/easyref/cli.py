@@ -321,8 +321,10 @@ def summary() -> None:
 Model = Annotated[str, typer.Option(help="Checkpoint, pulled model, or models:/easyref@champion.")]
 MODEL = str(MODELS / "finetune_multi")
 Backend = Literal["torch", "onnxruntime", "tensorrt"]
+Precision = Annotated[Literal["fp32", "bf16"], typer.Option(help="Of the weights under torch; bf16: half the memory, for a GPU.")]
 #: Options that do nothing with other ones.
 OF_BACKENDS = {
+    "precision": ("torch",),
     "graphs": ("onnxruntime", "tensorrt"),
     "provider": ("onnxruntime",),
     "engines": ("tensorrt",),
@@ -347,8 +349,9 @@ def _checkpoint(model: str) -> tuple[Path, Path, str]:
 
 
 def _artist(
-    model: str, references: int, backend: Backend, graphs: Path | None, engines: Path, provider: str, cuda_graph: bool
-) -> Artist:
+    model: str, references: int, backend: Backend, graphs: Path | None, engines: Path, provider: str, cuda_graph: bool,
+    precision: Literal["fp32", "bf16"] = "fp32",
+) -> Artist:  # fmt: skip
     """What draws; refused before it is loaded when it takes fewer `references`."""
     folder, attached, name = _checkpoint(model)
     from easyref.drawing import Artist
@@ -365,7 +368,7 @@ def _artist(
         from easyref.trt import engines as load
 
         drawn_by = load(graphs or attached, engines, cuda_graph)
-    return Artist.load(folder, name, drawn_by, backend)
+    return Artist.load(folder, name, drawn_by, backend, precision)
 
 
 def _draw(artist: Artist, wish: Wish, references: list[Reference], batches: list[list[int]], seeds: list[int], out: Path) -> None:
@@ -407,6 +410,7 @@ def generate(
     origin: Annotated[Path | None, typer.Option("--from", help="Draw this PNG of easyref's again; other options change it.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the images, SEED.png; those of that name are replaced.")] = Path("out"),
     backend: Annotated[Backend, typer.Option(help="What draws.")] = "torch",
+    precision: Precision = "fp32",
     graphs: Annotated[Path | None, typer.Option(help="Exported graphs; default: those of the pulled model, else out/onnx.")] = None,
     engines: Annotated[Path, typer.Option(help="Engines of `easyref trt build`.")] = ENGINES,
     provider: Annotated[str, typer.Option(help="Of ONNX Runtime: cpu, cuda, tensorrt.")] = "cpu",
@@ -449,9 +453,10 @@ def generate(
         raise ValueError(f"{len(weights)} --weight for {len(paths)} --ref; give one for each")
     references = [Reference.read(path, weight=w) for path, w in zip(paths, weights or [1.0] * len(paths), strict=True)]
     references += [Reference.read(path, negative=True) for path in against]
-    artist = _artist(model, len(paths), backend, graphs, engines, provider, cuda_graph)
-    if settings and (settings.model_sha256, settings.backend) != (artist.sha256, backend):
-        print(f"easyref: {origin} was drawn by {settings.model} {settings.model_sha256[:12]} on {settings.backend}", file=sys.stderr)
+    artist = _artist(model, len(paths), backend, graphs, engines, provider, cuda_graph, precision)
+    if settings and (settings.model_sha256, settings.backend, settings.precision) != (artist.sha256, backend, precision):
+        by = f"{settings.model} {settings.model_sha256[:12]} on {settings.backend} in {settings.precision}"
+        print(f"easyref: {origin} was drawn by {by}", file=sys.stderr)
     _draw(artist, wish, references, batches, seeds, out)
 
 
@@ -460,12 +465,14 @@ Port = Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free."
 Waiting = Annotated[int, typer.Option(min=0, help="Drawings that may wait for the one at work; more are told when to come again.")]
 
 
-def _serve(model: str, host: str, port: int, max_waiting: int, backend: Backend, page: bool, browser: bool) -> None:
+def _serve(
+    model: str, host: str, port: int, max_waiting: int, backend: Backend, precision: Literal["fp32", "bf16"], page: bool, browser: bool
+) -> None:
     from easyref.serve import check_host, serve
 
     token = os.environ.get("EASYREF_TOKEN") or None
     check_host(host, token)
-    serve(_artist(model, 0, backend, None, ENGINES, "cpu", False), host, port, max_waiting, token, page, browser)
+    serve(_artist(model, 0, backend, None, ENGINES, "cpu", False, precision), host, port, max_waiting, token, page, browser)
 
 
 @app.command()
@@ -475,10 +482,11 @@ def ui(
     port: Port = 7860,
     max_waiting: Waiting = 16,
     backend: Annotated[Backend, typer.Option(help="What draws.")] = "torch",
+    precision: Precision = "fp32",
     browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
 ) -> None:
     """A page to draw with: drop references, weigh them, say what to draw. On this machine only, unless told otherwise."""
-    _serve(model, host, port, max_waiting, backend, True, browser)
+    _serve(model, host, port, max_waiting, backend, precision, True, browser)
 
 
 @app.command()
@@ -488,9 +496,10 @@ def serve(
     port: Port = 8000,
     max_waiting: Waiting = 16,
     backend: Annotated[Backend, typer.Option(help="What draws.")] = "torch",
+    precision: Precision = "fp32",
 ) -> None:
     """The model over HTTP: POST /generate, GET /health (easyref/serve.py has the rest)."""
-    _serve(model, host, port, max_waiting, backend, False, False)
+    _serve(model, host, port, max_waiting, backend, precision, False, False)
 
 
 @app.command()

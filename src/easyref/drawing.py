@@ -110,6 +110,7 @@ class Settings(Wish):
     model: str
     model_sha256: str
     backend: str
+    precision: str = "fp32"
     made_with: str
 
     @model_validator(mode="after")
@@ -163,21 +164,27 @@ def find(used: Sequence[UsedReference], given: Sequence[Path], folders: Sequence
 class Artist:
     """A loaded model that signs what it draws."""
 
-    def __init__(self, easyref: Any, folder: Path, name: str, backend: str = "torch") -> None:
+    def __init__(self, easyref: Any, folder: Path, name: str, backend: str = "torch", precision: str = "fp32") -> None:
         from easyref.model.weights import WEIGHTS
 
-        self.easyref, self.name, self.backend = easyref, name, backend
+        self.easyref, self.name, self.backend, self.precision = easyref, name, backend, precision
         self.sha256 = sha256_file(folder / WEIGHTS)
         self.max_references: int = min(easyref.encoder.config.max_references, MAX_REFERENCES)
         self.side: int = easyref.side
         self.blocks = easyref.blocks
 
     @classmethod
-    def load(cls, folder: Path, name: str, engines: Engines | None = None, backend: str = "torch", base: Path | None = None) -> Artist:
-        """Of a checkpoint folder; `name` goes into the pictures."""
+    def load(
+        cls, folder: Path, name: str, engines: Engines | None = None, backend: str = "torch", precision: str = "fp32",
+        base: Path | None = None,
+    ) -> Artist:  # fmt: skip
+        """Of a checkpoint folder; `name` goes into the pictures. `precision`: fp32 or bf16, of the weights without `engines`."""
+        import torch
+
         from easyref.pipeline import EasyRef
 
-        return cls(EasyRef.from_pretrained(folder, base, engines=engines, cache=True), folder, name, backend)
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        return cls(EasyRef.from_pretrained(folder, base, dtype, engines, cache=True), folder, name, backend, precision)
 
     def check(self, wish: Wish, references: Sequence[Reference]) -> None:
         """ValueError in one line for what would fail in the middle of the work."""
@@ -223,7 +230,7 @@ class Artist:
         return Settings(
             **wish.model_dump(exclude={"width", "height"}), seed=seed, batch=list(seeds), references=used, width=image.width,
             height=image.height, model=self.name, model_sha256=self.sha256, backend=self.backend,
-            made_with=f"easyref {version('easyref')}, torch {version('torch')}",
+            precision=self.precision, made_with=f"easyref {version('easyref')}, torch {version('torch')}",
         ).model_dump_json()  # fmt: skip
 
 
