@@ -12,6 +12,7 @@ from PIL import Image
 
 from easyref import cli
 from easyref.images import ImageError, open_image
+from easyref.records import alone
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -103,3 +104,12 @@ def test_an_error_without_words_is_its_name(monkeypatch: pytest.MonkeyPatch, cap
     with pytest.raises(SystemExit):
         cli.main()
     assert capsys.readouterr().err == "easyref: TimeoutError\n"
+
+
+@pytest.mark.parametrize("verb", [cli.ingest, cli.embed, cli.group])
+def test_two_at_once_in_one_project_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb) -> None:
+    """They would take each other's files away."""
+    shutil.copy("params.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with alone(cli.WORK / "data"), pytest.raises(ValueError, match="another run is at work there"):
+        verb()

@@ -44,6 +44,7 @@ def test_presets_are_complete(path: Path) -> None:
             "subject.treshold = 1: unknown key; did you mean 'threshold'",
         ),
         (lambda d: d["embed"].update(faces={"detector": "d.onnx"}), "embed.faces.embedder: missing; add it"),
+        (lambda d: d["ingest"].update(size=63), "ingest.size = 63: input should be a multiple of 8"),
         (lambda d: d["ingest"].update(scores={"nsfw": SCORE}), "scores are of a heap's images"),
         (lambda d: d["ingest"].update(scores={"nsfw": SCORE | {"max": None}}), "ingest.scores.nsfw: min and max are null; give one"),
         (lambda d: d["pretrain"].update(drop_image=0.9), "is more than 1; lower them"),

@@ -85,6 +85,13 @@ def test_worse_is_challenger_better_is_champion_and_rollback_goes_back(project: 
         registry.promote(project, "9")
 
 
+def test_figures_of_other_weights_are_not_registered(project: Path) -> None:
+    """After a training by hand."""
+    write_json(project / "metrics" / "evaluate.json", evaluation(0.2) | {"settings": {"checkpoint": "of an earlier one"}})
+    with pytest.raises(ValueError, match=r"evaluate.json is of other weights than models/finetune_multi; run `easyref evaluate`"):
+        registry.register(project)
+
+
 def test_figures_of_other_samples_are_not_compared(project: Path, release) -> None:
     text = (project / "params.yaml").read_text()
     (project / "params.yaml").write_text(re.sub(r"held_out_samples: \d+", "held_out_samples: 7", text))

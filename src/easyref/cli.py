@@ -41,8 +41,10 @@ def ingest(params: ParamsFile = PARAMS) -> None:
     """Images of the source (emoji, folder, tar, table, upstream JSON) → checked tar shards, images.parquet, rejects.parquet."""
     from easyref.config import load_params
     from easyref.data.ingest import ingest as run
+    from easyref.records import alone
 
-    counts = run(load_params(params), DATA / "images", WORK / "ingest")
+    with alone(WORK / "data"):
+        counts = run(load_params(params), DATA / "images", WORK / "ingest")
     print(", ".join(f"{v} {k.replace('_', ' ')}" for k, v in counts.items()))
 
 
@@ -51,8 +53,10 @@ def embed(params: ParamsFile = PARAMS, engine: EngineName = "local") -> None:
     """Images, captions, detected subjects and faces → vectors, for groups that are learned."""
     from easyref.config import load_params
     from easyref.data.embed import embed as run
+    from easyref.records import alone
 
-    counts = run(load_params(params).embed, DATA / "images", DATA / "embeddings", WORK / "embed", engine)
+    with alone(WORK / "data"):
+        counts = run(load_params(params).embed, DATA / "images", DATA / "embeddings", WORK / "embed", engine)
     print(", ".join(f"{n} {part}s" for part, n in sorted(counts.items())))
 
 
@@ -61,8 +65,10 @@ def group(params: ParamsFile = PARAMS, engine: EngineName = "local") -> None:
     """Which images share something, by labels or by what they look like → groups.parquet."""
     from easyref.config import load_params
     from easyref.data.group import group_stage
+    from easyref.records import alone
 
-    table = group_stage(load_params(params), DATA, METRICS / "group.json", WORK / "group", engine)
+    with alone(WORK / "data"):
+        table = group_stage(load_params(params), DATA, METRICS / "group.json", WORK / "group", engine)
     print(f"{len(table)} groups: " + ", ".join(f"{k} {n}" for k, n in sorted(table["kind"].value_counts().iter_rows())))
 
 

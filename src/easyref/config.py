@@ -68,7 +68,7 @@ class Score(Model):
 class Ingest(Section):
     source: Literal["emoji", "folder", "tar", "table", "upstream"]
     path: str | None  # of the folder, the tar file or folder of tars, the table, the JSON; emoji has none
-    size: PositiveInt  # pixels: the shorter side of every stored image
+    size: int = Field(gt=0, multiple_of=8)  # pixels: the shorter side of every stored image; the VAE halves it three times
     palette: int = Field(ge=2, le=256)  # PNG colours of emoji
     shard_images: PositiveInt
     limits: IngestLimits

@@ -77,8 +77,10 @@ def check_bundle(folder: Path) -> None:
 
 def register(project: Path, flow_run: str = "") -> str:
     """Register the finetuned model as a new version of `easyref`, with its evaluation and lineage. Returns the version.
-    `flow_run`: id of the Prefect run that made it."""
+    `flow_run`: id of the Prefect run that made it. ValueError if the evaluation is of other weights."""
     result = read_json(project / "metrics" / "evaluate.json")
+    if result.get("settings", {}).get("checkpoint") not in (None, sha256_file(project / "models/finetune_multi/easyref.safetensors")):
+        raise ValueError("metrics/evaluate.json is of other weights than models/finetune_multi; run `easyref evaluate` first")
     client = connect(project)
     import mlflow
 

@@ -210,6 +210,21 @@ def test_nothing_that_works_is_an_error_with_the_first_reason(emoji: Emoji, tmp_
         judged(emoji, never, tmp_path)  # type: ignore[arg-type]
 
 
+def test_many_that_fail_in_the_middle_are_no_figures_of_the_rest(emoji: Emoji, tmp_path: Path) -> None:
+    """As where a GPU is lost; what was drawn is kept."""
+    cases, _ = select_cases(emoji.samples, emoji.images, LIMITS, 0)
+    answers = Answers(emoji)
+
+    def lost(requests: list[dict[str, Any]]) -> list[Image.Image]:
+        if len(answers.asked) > 2 * len(cases):
+            raise RuntimeError("no GPU")
+        return answers(requests)
+
+    with pytest.raises(ValueError, match=r"of \d+ samples could not be drawn, too many .*first reason: sample .*no GPU"):
+        judged(emoji, lost, tmp_path)  # type: ignore[arg-type]
+    assert len(list(tmp_path.rglob("*.png"))) == len(answers.asked)
+
+
 def test_a_split_without_samples_has_the_same_form(done: Run, emoji: Emoji) -> None:
     held_out = emoji.samples.filter(pl.col("split") == "held_out")
     result = judged(emoji, Answers(emoji), done.out, samples=held_out).result

@@ -24,6 +24,7 @@ from easyref.evaluation.judges import Array, Judge, RealImages, Similarity
 from easyref.records import sha256_json
 
 SPLITS = ("held_out", "held_in")
+MAX_FAILED = 0.1  # share of the samples; a GPU that is lost in the middle must not end in figures of its first half
 IMAGE_LABELS = ("sha256", "concept", "subject", "gender", "tone", "style", "category", "caption", "split")
 BY: dict[str, Callable[[Case], str]] = {"by_kind": lambda c: c.kind, "by_references": lambda c: str(len(c.right))}
 
@@ -85,7 +86,7 @@ def evaluate(
         limits: how many samples of each split; None: as `params` says.
 
     Raises:
-        ValueError: a column is missing, or no sample could be generated.
+        ValueError: a column is missing, or too many samples could not be generated; images that were are kept.
     """
     limits = limits or {"held_out": params.held_out_samples, "held_in": params.held_in_samples}
     _check(images, list(limits))
@@ -94,6 +95,9 @@ def evaluate(
     if not made:
         reason = (unusable + broken + [f"the table has no {' or '.join(limits)} sample"])[0]
         raise ValueError(f"evaluate: none of {len(samples)} samples could be used; first reason: {reason}")
+    if len(broken) > MAX_FAILED * len(cases):
+        what = f"{len(broken)} of {len(cases)} samples could not be drawn, too many for figures of the rest"
+        raise ValueError(f"evaluate: {what}; first reason: {broken[0]}")
 
     real = RealImages(images, load, out / "features.safetensors", embedded)
     judge = Judge(real, list(limits), seed, out / "evaluators.safetensors", similarity)

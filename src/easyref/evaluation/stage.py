@@ -91,6 +91,7 @@ def evaluate_stage(params: Params, data: Path, models: Path, out: Path, work: Pa
         EVALUATE, place.samples, place.images, place.store.image, place.together(), p, seed=params.seed, out=work,
         embedded=place.embedded,
     )  # fmt: skip
+    found.result["settings"]["checkpoint"] = place.hashes["easyref"][0]  # the registry takes figures of these weights only
     write_table(work / "scores.parquet", found.table())
     write_json(out / "metrics" / "evaluate.json", found.result)
     rows = grid_rows(found.cases["held_out"], found.images, place.store.image, max(1, p.grid_rows // 3))
