@@ -189,12 +189,22 @@ def test_weights_by_keyboard_and_mouse(page: Any, files: list[Path]) -> None:
 def test_every_button_is_reached_by_keyboard(page: Any, files: list[Path]) -> None:
     page.reload()
     expect(page.locator("#model")).to_contain_text("pretrain")
-    for name in ("open", "files", "against_files"):
+    for name, tiles in (("open", 0), ("files", 1), ("against_files", 2)):
         page.locator(f"#{name}").focus()
-        with page.expect_file_chooser() as chooser:
+        chosen: list[Any] = []
+
+        def keep(chooser: Any, chosen: list[Any] = chosen) -> None:
+            chosen.append(chooser)
+
+        page.once("filechooser", keep)
+        for _ in range(20):  # headless Chromium leaves out a chooser that is asked for right after another one
             page.keyboard.press("Enter")
-        chooser.value.set_files(files[0])
-    expect(page.locator(".tiles li")).to_have_count(2)
+            page.wait_for_timeout(500)
+            if chosen:
+                break
+        chosen[0].set_files(files[0])
+        expect(page.locator("#notice")).to_be_visible(visible=name == "open")  # that it has no settings
+        expect(page.locator(".tiles li")).to_have_count(tiles)
 
 
 def test_a_server_that_dies_and_words_that_are_dropped(page: Any) -> None:
