@@ -58,6 +58,17 @@ def test_an_option_of_another_backend_is_told(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("verb", ["generate", "ui", "serve"])
+def test_half_precision_of_graphs_is_set_by_their_export(tmp_path: Path, verb: str) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    more = ("--ref", str(tmp_path / "a.png")) if verb == "generate" else ()
+    result = run(verb, "--backend", "onnxruntime", "--precision", "bf16", *more)
+    assert (
+        result.returncode == 2
+        and result.stderr == "easyref: --precision bf16 is torch's; `easyref export --dtype` sets that of graphs\n"
+    )
+
+
 def test_a_full_disk_is_one_line_and_leaves_what_was(tmp_path: Path) -> None:
     shutil.copytree("presets", tmp_path / "presets")
     (tmp_path / "params.yaml").write_text("as it was")

@@ -28,6 +28,7 @@ def test_presets_are_complete(path: Path) -> None:
         (lambda d: d.pop("group"), "group: missing; add it"),
         (lambda d: d.update(grup=d.pop("group")), "params.yaml: grup: unknown key; did you mean 'group'?"),
         (lambda d: d["align"].update(yaml.safe_load("learning_rate: 2E-3")), "valid number; to YAML this is text, write 2.0e-3"),
+        (lambda d: d["align"].update(yaml.safe_load("learning_rate: 1e3")), "to YAML this is text, write 1.0e+3"),  # 1.0e3 is, too
         (lambda d: d["pretrain"].update(microbatch=5), "microbatch 5 does not divide batch 32"),
         (lambda d: d["finetune_multi"].update(max_references=99), "finetune_multi.max_references 99 is over"),
         (lambda d: d["mrbench"].update(counts=[1, 64]), "mrbench.counts 64 is over reference.max_references 32"),

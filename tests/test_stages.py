@@ -145,7 +145,7 @@ def test_pretraining_trains_lora_where_it_has_a_rank(place: Path) -> None:
 def test_a_stage_without_the_one_before_says_which_to_run(place: Path, tmp_path: Path) -> None:
     params = load_params(place / "params.yaml")
     with pytest.raises(FileNotFoundError, match="models/finetune_single: no checkpoint.*; run `easyref finetune_single` first"):
-        stages.run_stage(params, "finetune_multi", Path("data"), Path("models"), tmp_path, tmp_path, tmp_path, "finetune_single")
+        stages.run_stage(params, "finetune_multi", Path("data"), tmp_path / "models", tmp_path, tmp_path, tmp_path, "finetune_single")
     assert not list(tmp_path.iterdir())
 
 

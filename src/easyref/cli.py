@@ -330,7 +330,6 @@ Backend = Literal["torch", "onnxruntime", "tensorrt"]
 Precision = Annotated[Literal["fp32", "bf16"], typer.Option(help="Of the weights under torch; bf16: half the memory, for a GPU.")]
 #: Options that do nothing with other ones.
 OF_BACKENDS = {
-    "precision": ("torch",),
     "graphs": ("onnxruntime", "tensorrt"),
     "provider": ("onnxruntime",),
     "engines": ("tensorrt",),
@@ -356,9 +355,11 @@ def _checkpoint(model: str) -> tuple[Path, Path, str]:
 
 def _artist(
     model: str, references: int, backend: Backend, graphs: Path | None, engines: Path, provider: str, cuda_graph: bool,
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Precision = "fp32",
 ) -> Artist:  # fmt: skip
-    """What draws; refused before it is loaded when it takes fewer `references`."""
+    """What draws; refused before it is loaded when it takes fewer `references`, or its graphs have a precision of their own."""
+    if precision != "fp32" and backend != "torch":
+        raise ValueError(f"--precision {precision} is torch's; `easyref export --dtype` sets that of graphs")
     folder, attached, name = _checkpoint(model)
     from easyref.drawing import Artist
     from easyref.model.weights import read_config
@@ -472,7 +473,7 @@ Waiting = Annotated[int, typer.Option(min=0, help="Drawings that may wait for th
 
 
 def _serve(
-    model: str, host: str, port: int, max_waiting: int, backend: Backend, precision: Literal["fp32", "bf16"], page: bool, browser: bool
+    model: str, host: str, port: int, max_waiting: int, backend: Backend, precision: Precision, page: bool, browser: bool
 ) -> None:
     from easyref.serve import check_host, serve
 

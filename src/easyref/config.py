@@ -500,8 +500,8 @@ def _one_line(error: ValidationError, values: dict[str, Any]) -> str:
     if first["type"] == "missing":
         return f"{key}: missing; add it (presets/nano.yaml shows every key)"
     message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "float_type" and isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value, re.I):
-        message += f"; to YAML this is text, write {value.lower().replace('e', '.0e')}"
+    if first["type"] == "float_type" and isinstance(value, str) and (parts := re.fullmatch(r"([-+]?\d+)e([-+]?)(\d+)", value, re.I)):
+        message += f"; to YAML this is text, write {parts[1]}.0e{parts[2] or '+'}{parts[3]}"
     return f"{key}{shown}: {message[0].lower()}{message[1:]}"
 
 

@@ -95,7 +95,8 @@ def dreambench(images: pl.DataFrame, load: Load, folder: Path | None) -> Collect
     if folder is None:
         raise ValueError("dreambench: name its folder; the split has no such images")
     places = [place for place in sorted(folder.iterdir()) if place.is_dir()]
-    prompts_of = {place: _prompts(place / "prompts.txt") or _prompts(folder / "prompts.txt") for place in places}
+    shared = _prompts(folder / "prompts.txt")
+    prompts_of = {place: _prompts(place / "prompts.txt") or shared for place in places}
     if lacking := [place for place, prompts in prompts_of.items() if not prompts]:
         raise ValueError(f"{lacking[0]}: no prompts; write prompts.txt, one a line, with {{}} where the subject's name comes")
     names = dict(line.split(",", 1) for line in _text(folder / "classes.txt").splitlines() if "," in line)

@@ -103,9 +103,8 @@ class Stream:
 def stream(params: Params, name: str, models: Models, inputs: Inputs) -> Stream:
     p, special = getattr(params, name), models.processor.tokenizer.all_special_tokens
     for sha256, label in zip(inputs.images.sha256s, inputs.images.labels, strict=True):
-        if odd := [
-            token for token in special if token in caption(label, hide=())
-        ]:  # the MLLM would refuse it, at the same image each time
+        text = caption(label, hide=())
+        if odd := [token for token in special if token in text]:  # the MLLM would refuse it, at the same image each time
             fix = "change it and run ingest, group and split again"
             raise ValueError(f"the caption of image {sha256} ({label['source']}) holds {odd[0]}, a special token of the MLLM; {fix}")
     sample = lru_cache(4 * p.batch)(Sampler(inputs.images, p, params.seed, name))
